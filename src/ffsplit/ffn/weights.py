@@ -1,0 +1,75 @@
+"""The dense weights of one feed-forward network, independent of the model they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """One dense FFN in the torch layout ``[out, in]``.
+
+    Gated:  ``FFN(x) = (act(x gate^T + gate_bias) * (x up^T + up_bias)) down^T + down_bias``.
+    Plain:  ``FFN(x) = act(x up^T + up_bias) down^T + down_bias``.
+
+    Neuron ``j`` owns row ``j`` of ``up`` (and ``gate``) and column ``j`` of ``down``.
+    """
+
+    up: Float[Tensor, "d_ff d_model"]
+    down: Float[Tensor, "d_model d_ff"]
+    act: nn.Module
+    gate: Float[Tensor, "d_ff d_model"] | None = None
+    up_bias: Float[Tensor, " d_ff"] | None = None
+    gate_bias: Float[Tensor, " d_ff"] | None = None
+    down_bias: Float[Tensor, " d_model"] | None = None
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that exist, by field name."""
+        names = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def n_parameters(self) -> int:
+        """Stored parameters of the dense FFN, biases included."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_ff"]:
+        """The neurons' activations h, the input of ``down``."""
+        up = linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            return self.act(up)
+        return self.act(linear(x, self.gate, self.gate_bias)) * up
+
+    def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        return linear(self.hidden(x), self.down, self.down_bias)
+
+    def take(self, neurons: Int[Tensor, " kept"]) -> FFNWeights:
+        """The FFN of a subset of the neurons, in the given order, with ``down_bias`` kept."""
+        return replace(
+            self,
+            up=self.up[neurons],
+            down=self.down[:, neurons],
+            gate=None if self.gate is None else self.gate[neurons],
+            up_bias=None if self.up_bias is None else self.up_bias[neurons],
+            gate_bias=None if self.gate_bias is None else self.gate_bias[neurons],
+        )
+
+    def map(self, function) -> FFNWeights:  # type: ignore[no-untyped-def]
+        """The same FFN with ``function`` applied to every tensor (a cast or a move)."""
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
