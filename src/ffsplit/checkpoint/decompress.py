@@ -1,0 +1,88 @@
+"""Back to dense weights: a plain transformers model that computes what the compressed one computes."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from ffsplit.checkpoint.quantizer import FFSplitStorageConfig
+from ffsplit.checkpoint.stock import empty_model, filled
+from ffsplit.errors import ModelError
+from ffsplit.families import FFNSite
+from ffsplit.families.surgery import activation
+from ffsplit.ffn.sum import SumFFN
+from ffsplit.ffn.weights import FFNWeights
+
+
+def decompress(model: PreTrainedModel) -> PreTrainedModel:
+    """A stock model of the original shape with the compressed model's weights decoded.
+
+    Low-bit codes become floats, low-rank factors their product, dropped neurons zeros; the result loads everywhere and
+    gives the same outputs up to rounding, but is as large as the original.
+
+    Args:
+        model: loaded from an ffsplit checkpoint, or the ``model`` of a compression result. It is left as it is.
+
+    Raises:
+        ModelError: the model is not compressed by ffsplit, or holds something that no dense FFN of its family
+            expresses: a linear map beside the neurons, or an output bias where the family has none.
+    """
+    sites = compressed_sites(model)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    skeleton = empty_model(type(model), config)
+    if skeleton is None:
+        raise ModelError(f"{type(model).__name__} cannot be built from its own configuration")
+    weights = {site.name: _full_width(model, skeleton, site) for site in sites}
+    dense = filled(model, skeleton, sites, weights)
+    if dense is None:
+        raise ModelError("the compressed FFNs have an output bias that this family has no place for")
+    return dense
+
+
+def compressed_sites(model: PreTrainedModel) -> list[FFNSite]:
+    """Where the sums of branches of a compressed model are.
+
+    Raises:
+        ModelError: there are none.
+    """
+    stored = getattr(model.config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "ffsplit":
+        stored = FFSplitStorageConfig.from_dict(stored)
+    if isinstance(stored, FFSplitStorageConfig):
+        return [site for site, _ in stored.entries()]
+    raise ModelError(f"{type(model).__name__} was not compressed by ffsplit")
+
+
+def _full_width(model: PreTrainedModel, skeleton: PreTrainedModel, site: FFNSite) -> FFNWeights:
+    """Dense weights padded with neurons that do nothing up to the original width."""
+    module = model.get_submodule(site.name)
+    assert isinstance(module, SumFFN)
+    dtype = next(model.parameters()).dtype
+    ffn = module.to_weights(dtype) if len(module.branches) else _no_neurons(module, skeleton, site, dtype)
+    missing = site.d_ff - ffn.d_ff
+
+    def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+    up = rows(ffn.up)
+    assert up is not None
+    down = torch.cat([ffn.down, ffn.down.new_zeros(site.d_model, missing)], dim=1)
+    return FFNWeights(up, down, ffn.act, rows(ffn.gate), rows(ffn.up_bias), rows(ffn.gate_bias), ffn.down_bias)
+
+
+def _no_neurons(module: SumFFN, skeleton: PreTrainedModel, site: FFNSite, dtype: torch.dtype) -> FFNWeights:
+    """A dropped FFN."""
+    if module.linear is not None:
+        raise ModelError(f"{site.name}: a linear map cannot be written as dense up/gate/down weights")
+    up = torch.zeros(0, site.d_model, dtype=dtype)
+    return FFNWeights(
+        up=up,
+        down=torch.zeros(site.d_model, 0, dtype=dtype),
+        act=activation(skeleton, site),
+        gate=up if site.gated else None,
+        down_bias=module.bias,
+    )

@@ -1,0 +1,160 @@
+"""Writing a compressed model: whole or not at all, reloaded and compared before it appears."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import PreTrainedModel
+
+from ffsplit.checkpoint.card import model_card
+from ffsplit.checkpoint.quantizer import FFSplitQuantizer, FFSplitStorageConfig
+from ffsplit.checkpoint.reload import reload_and_compare
+from ffsplit.checkpoint.stock import stock_model
+from ffsplit.errors import CheckpointError
+from ffsplit.pipeline.result import CompressionResult
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "ffsplit_plan.json"
+RECIPE_FILE = "ffsplit_recipe.yaml"
+REPORT_FILE = "ffsplit_report.json"
+Kind = Literal["stock", "ffsplit"]
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """What was written.
+
+    Attributes:
+        directory: for `from_pretrained`.
+        kind: ``stock`` loads in plain transformers, ``ffsplit`` after ``import ffsplit``.
+        bytes: on disk, all files.
+    """
+
+    directory: Path
+    kind: Kind
+    bytes: int
+
+
+def save(
+    result: CompressionResult,
+    directory: str | Path,
+    *,
+    verify: bool = True,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> SavedCheckpoint:
+    """Write a directory that `from_pretrained` reads.
+
+    A result that plain transformers can express is written as such; any other needs ``import ffsplit`` before it is
+    loaded, and raises without it.
+
+    Args:
+        result: of :func:`ffsplit.compress`.
+        directory: must not exist yet (or be empty) unless ``overwrite``.
+        verify: load the files into a fresh model and compare its outputs with the model in memory.
+        overwrite: replace an existing directory, once the new one is complete.
+        max_shard_size: of the safetensors files.
+
+    Raises:
+        CheckpointError: the directory exists, the disk is too small or full, or the reloaded model differs. The
+            target is then untouched.
+    """
+    target = Path(directory)
+    refuse_existing(target, overwrite)
+    model, kind = _to_write(result)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_small_disk(model, target.parent)
+    with _staging(target) as staging:
+        _write(result, model, kind, staging, max_shard_size)
+        if verify:
+            reload_and_compare(model, staging)
+        size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
+        _publish(staging, target)
+    return SavedCheckpoint(target, kind, size)
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise CheckpointError if the target holds something and may not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} exists and is not a directory")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target} exists and is not empty; choose another directory or allow overwriting")
+
+
+def _to_write(result: CompressionResult) -> tuple[PreTrainedModel, Kind]:
+    stock = stock_model(result.model, result.sites)
+    if stock is not None:
+        return stock, "stock"
+    mark_compressed(result)
+    return result.model, "ffsplit"
+
+
+def mark_compressed(result: CompressionResult) -> None:
+    """Give the model the configuration that lets transformers store and rebuild it."""
+    model = result.model
+    entries = [
+        {"site": site.to_dict(), "spec": model.get_submodule(site.name).spec.model_dump(mode="json")}
+        for site in result.sites
+        if hasattr(model.get_submodule(site.name), "spec")
+    ]
+    config = FFSplitStorageConfig(ffns=entries)
+    model.config.quantization_config = config
+    model.hf_quantizer = FFSplitQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+
+
+def _write(result: CompressionResult, model: PreTrainedModel, kind: Kind, folder: Path, max_shard_size: str) -> None:
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if result.tokenizer is not None:
+            result.tokenizer.save_pretrained(folder)
+        recipe = yaml.safe_dump(result.recipe.model_dump(mode="json"), sort_keys=False)
+        (folder / PLAN_FILE).write_text(result.plan.model_dump_json(indent=1))
+        (folder / RECIPE_FILE).write_text(recipe)
+        (folder / REPORT_FILE).write_text(json.dumps(result.report, indent=1, default=str))
+        base = str(getattr(result.model.config, "_name_or_path", "") or "")
+        card = model_card(result.report, result.plan, recipe, base, stock=kind == "stock")
+        (folder / "README.md").write_text(card)
+    except OSError as error:
+        raise CheckpointError(f"{folder.parent}: the checkpoint could not be written: {error}") from error
+
+
+def _refuse_small_disk(model: PreTrainedModel, parent: Path) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(f"{parent}: the checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A temporary sibling of the target, removed whatever happens."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move the finished directory into place; an old one goes away only after that worked."""
+    old: Path | None = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        os.replace(target, old)
+    os.replace(staging, target)
+    target.chmod(0o755)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

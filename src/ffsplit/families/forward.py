@@ -1,0 +1,122 @@
+"""Running a model once on tiny inputs, whatever its kind, and leaving it exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffsplit.errors import ModelError
+from ffsplit.families.inputs import candidate_inputs
+from ffsplit.families.skeleton import skeleton
+
+Inputs = Mapping[str, Any]
+W = TypeVar("W", bound=AbstractContextManager[Any])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; afterwards every module trains, or not, as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs | None = None) -> list[W]:
+    """Run the model under a watcher; sub-models that the run did not reach are run each on their own.
+
+    Args:
+        model: on any device, the meta device included.
+        watch: makes the context manager that a run happens in; one that fails is thrown away.
+        inputs: keyword arguments of the model's ``forward``; made up when not given.
+
+    Returns:
+        The watchers of the runs that worked.
+
+    Raises:
+        ModelError: neither the model nor any of its sub-models could be run.
+    """
+    failures: list[str] = []
+    with evaluating(model), skeleton(model):
+        watchers = _drive(model, "", watch, inputs, failures)
+    if not watchers:
+        place = " on the meta device (without weights)" if model.device.type == "meta" else ""
+        raise ModelError(
+            f"{type(model).__name__} could not be run{place} on made-up inputs, so its FFNs cannot be found; "
+            f"pass inputs=... with keyword arguments that its forward accepts. Tried:\n  " + "\n  ".join(failures)
+        )
+    return watchers
+
+
+def _drive(
+    model: PreTrainedModel, path: str, watch: Callable[[Inputs], W], inputs: Inputs | None, failures: list[str]
+) -> list[W]:
+    for kwargs in [inputs] if inputs is not None else candidate_inputs(model):
+        watcher = watch(kwargs)
+        try:
+            with _reached(model) as reached, watcher:
+                model(**kwargs)
+        except _FAILURES as error:
+            failures.append(f"{path or type(model).__name__}({', '.join(kwargs)}): {type(error).__name__}: {error}")
+            continue
+        missed = [] if inputs is not None else list(_unreached(model, path, reached))
+        return [watcher, *(w for name, sub in missed for w in _drive(sub, name, watch, None, failures))]
+    if inputs is not None:
+        return []
+    return [w for name, sub in _sub_models(model, path).items() for w in _drive(sub, name, watch, None, failures)]
+
+
+# Whatever a forward raises when it dislikes its inputs. Each failure ends up in the message if no run works.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextmanager
+def _reached(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
+    """The models inside a model that a forward calls."""
+    reached: set[nn.Module] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda called, _args: reached.add(called))
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    ]
+    try:
+        yield reached
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unreached(model: PreTrainedModel, path: str, reached: set[nn.Module]) -> Iterator[tuple[str, PreTrainedModel]]:
+    for name, sub in _sub_models(model, path).items():
+        if any(module in reached for module in sub.modules()):  # a head may call the decoder inside its base
+            yield from _unreached(sub, name, reached)
+        else:
+            yield name, sub
+
+
+def _sub_models(model: nn.Module, path: str) -> dict[str, PreTrainedModel]:
+    """The outermost models inside a model: the base of a task head, the towers of a multimodal model."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    return {f"{path}.{name}".lstrip("."): module for name, module in found.items()}

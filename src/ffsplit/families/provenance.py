@@ -1,0 +1,237 @@
+"""Where a value comes from: a dispatch mode that follows projections' outputs through element-wise code.
+
+The output of a projection starts a *stream*. A stream survives everything that keeps one number per neuron: views of
+the leading axes, casts, the two halves of a fused projection, element-wise functions of itself and of constants. It
+ends as soon as another activation is mixed in (a residual, a norm, attention); only the product of two streams of the
+same input, gate times up, is kept. Values also carry an *identity*, a number that views, copies and casts preserve:
+two tensors with the same identity hold the same numbers in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+_COPIES = {
+    aten._reshape_alias,
+    aten._to_copy,
+    aten._unsafe_view,
+    aten.alias,
+    aten.clone,
+    aten.contiguous,
+    aten.detach,
+    aten.expand,
+    aten.lift_fresh,
+    aten.reshape,
+    aten.squeeze,
+    aten.to,
+    aten.unsqueeze,
+    aten.view,
+}
+_HALVES = {
+    aten.chunk,
+    aten.narrow,
+    aten.slice,
+    aten.split,
+    aten.split_with_sizes,
+    aten.unsafe_chunk,
+    aten.unsafe_split,
+    aten.unsafe_split_with_sizes,
+}
+_FACTORIES = {
+    aten.empty_like,
+    aten.full_like,
+    aten.new_empty,
+    aten.new_full,
+    aten.new_ones,
+    aten.new_zeros,
+    aten.ones_like,
+    aten.zeros_like,
+}
+_LINEAR = {aten.add, aten.add_, aten.sub, aten.sub_, aten.rsub, aten.neg, aten.neg_}
+_PRODUCT = {aten.mul, aten.mul_}
+_QUOTIENT = {aten.div, aten.div_}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A value that is an element-wise function of one projection's output.
+
+    Attributes:
+        source: path of the projection.
+        part: which half of a fused projection, or ``None`` for all of it.
+        x: identity of the projection's input.
+        nonlinear: whether a non-linear function was applied.
+        act: path of the module that applied it, ``None`` when it was a function.
+        function: from the projection's output to this value, element by element.
+    """
+
+    source: str
+    part: int | None
+    x: int
+    nonlinear: bool
+    act: str | None
+    function: Callable[[Tensor], Tensor]
+
+    @property
+    def key(self) -> tuple[str, int | None, int]:
+        """Equal for two functions of the same numbers."""
+        return self.source, self.part, self.x
+
+
+Value = tuple[Stream] | tuple[Stream, Stream]
+
+
+class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows streams and identities through every operation that runs inside it."""
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # Weak: a trace of a large model must not keep all of its activations alive.
+        self._values: MutableMapping[Tensor, Value] = WeakTensorKeyDictionary()
+        self._identities: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+        self._activations: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        self._next = 0
+        for tensor in inputs:
+            self._activations[tensor] = True
+
+    def identity(self, tensor: Tensor) -> int:
+        """The number that this tensor shares with its views, copies and casts."""
+        if tensor not in self._identities:
+            self._next += 1
+            self._identities[tensor] = self._next
+        return self._identities[tensor]
+
+    def value(self, tensor: Tensor) -> Value | None:
+        """The streams that the tensor is made of, ``None`` when it is anything else."""
+        return self._values.get(tensor)
+
+    def set_value(self, tensor: Tensor, value: Value) -> None:
+        """Declare where a tensor comes from."""
+        self._values[tensor] = value
+        self._activations[tensor] = True
+
+    def start(self, tensor: Tensor, source: str, x: int) -> None:
+        """Declare a tensor to be the output of the projection ``source`` for the input with identity ``x``."""
+        self._identities.pop(tensor, None)
+        self.set_value(tensor, (Stream(source, None, x, nonlinear=False, act=None, function=torch.clone),))
+
+    def blame(self, tensor: Tensor, act: str) -> None:
+        """Declare that the module ``act`` computed the non-linearity of a tensor."""
+        value = self.value(tensor)
+        if value is not None and len(value) == 1:
+            self._values[tensor] = (replace(value[0], act=act),)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        packet = func.overloadpacket
+        active = packet not in _FACTORIES and any(tensor in self._activations for tensor in inputs)
+        for tensor in outputs:
+            value, identity = self._derive(func, packet, args, kwargs, inputs, tensor)
+            # Always assigned or deleted: an operation in place returns a tensor that has entries already.
+            _assign(self._values, tensor, value)
+            _assign(self._identities, tensor, identity)
+            _assign(self._activations, tensor, active or None)
+        return out
+
+    def _derive(
+        self, func: Any, packet: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Tensor
+    ) -> tuple[Value | None, int | None]:
+        """Value and identity of one output."""
+        if packet in _COPIES or (packet in _HALVES and _same_rows(inputs[0], out)):
+            if _same_rows(inputs[0], out):
+                return self.value(inputs[0]), self.identity(inputs[0])
+            return None, None
+        if packet in _HALVES:
+            return self._half(inputs[0], out), None
+        if torch.Tag.pointwise in func.tags:
+            return self._pointwise(func, packet, args, kwargs, inputs, out), None
+        return None, None
+
+    def _half(self, whole: Tensor, out: Tensor) -> Value | None:
+        value = self.value(whole)
+        half, odd = divmod(whole.shape[-1], 2) if whole.dim() else (0, 1)
+        if value is None or len(value) == 2 or value[0].part is not None or value[0].nonlinear or odd:
+            return None
+        offset = out.storage_offset() - whole.storage_offset()
+        if out.shape != (*whole.shape[:-1], half) or out.stride() != whole.stride() or offset not in (0, half):
+            return None
+        return (replace(value[0], part=int(offset == half)),)
+
+    def _pointwise(
+        self, func: Any, packet: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Tensor
+    ) -> Value | None:
+        tracked = {id(tensor): value for tensor in inputs if (value := self.value(tensor)) is not None}
+        mixed = any(tensor in self._activations and id(tensor) not in tracked for tensor in inputs)
+        if not tracked or mixed or any(t.shape != out.shape for t in inputs if id(t) in tracked):
+            return None
+        values = [tracked[id(tensor)] for tensor in inputs if id(tensor) in tracked]
+        linear = _is_linear(packet, args, values, tracked)
+        first = values[0]
+        if any(len(value) == 2 for value in values):
+            return first if linear and len(values) == 1 else None
+        streams = [value[0] for value in values]
+        keys = {stream.key for stream in streams}
+        if len(keys) == 2 and len(streams) == 2 and packet in _PRODUCT and streams[0].x == streams[1].x:
+            return (streams[0], streams[1])
+        if len(keys) > 1:
+            return None
+        nonlinear = not linear or any(stream.nonlinear for stream in streams)
+        function = _compose(func, args, kwargs, {key: value[0].function for key, value in tracked.items()})
+        return (replace(streams[0], nonlinear=nonlinear, act=None, function=function),)
+
+
+def _assign(table: MutableMapping[Tensor, T], tensor: Tensor, entry: T | None) -> None:
+    if entry is None:
+        table.pop(tensor, None)
+    else:
+        table[tensor] = entry
+
+
+def _same_rows(before: Tensor, after: Tensor) -> bool:
+    """Whether a view or copy kept every number and the size of the last axis."""
+    same_width = before.dim() > 0 and after.dim() > 0 and before.shape[-1] == after.shape[-1]
+    return same_width and before.numel() == after.numel()
+
+
+def _is_linear(packet: Any, args: tuple[Any, ...], values: list[Value], tracked: dict[int, Value]) -> bool:
+    if packet in _LINEAR or packet in _COPIES:
+        return True
+    if packet in _PRODUCT:
+        return len(values) == 1
+    return packet in _QUOTIENT and len(values) == 1 and id(args[0]) in tracked
+
+
+def _compose(func: Any, args: Any, kwargs: Any, functions: dict[int, Callable[[Tensor], Tensor]]) -> Callable[..., Any]:
+    """The operation as a function of the projection's output, holding on to constants only."""
+
+    class _Slot:
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            self.function = function
+
+    def freeze(tensor: Tensor) -> Any:
+        return _Slot(functions[id(tensor)]) if id(tensor) in functions else tensor.detach()
+
+    frozen_args, frozen_kwargs = tree_map_only(Tensor, freeze, (args, kwargs))
+
+    def function(x: Tensor) -> Tensor:
+        real_args, real_kwargs = tree_map_only(_Slot, lambda slot: slot.function(x), (frozen_args, frozen_kwargs))
+        result: Tensor = func(*real_args, **real_kwargs)
+        return result
+
+    return function

@@ -1,0 +1,168 @@
+"""The runnable compressed FFN: a sum of branches, an optional linear map, and an optional bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ffsplit.errors import ModelError
+from ffsplit.ffn.spec import BranchSpec, SumSpec
+from ffsplit.ffn.storage import Dense, Projection, empty_projection
+from ffsplit.ffn.weights import FFNWeights
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor)
+
+
+class Branch(nn.Module):
+    """A smaller FFN over some of the neurons, each projection in its own storage."""
+
+    def __init__(
+        self,
+        act: nn.Module,
+        up: Projection,
+        down: Projection,
+        gate: Projection | None = None,
+        up_bias: Float[Tensor, " neurons"] | None = None,
+        gate_bias: Float[Tensor, " neurons"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.act = act
+        self.up = up
+        self.gate = gate
+        self.down = down
+        self.register_parameter("up_bias", _parameter(up_bias))
+        self.register_parameter("gate_bias", _parameter(gate_bias))
+
+    @property
+    def spec(self) -> BranchSpec:
+        return BranchSpec(
+            up=self.up.spec,
+            down=self.down.spec,
+            gate=None if self.gate is None else self.gate.spec,
+            up_bias=self.up_bias is not None,
+            gate_bias=self.gate_bias is not None,
+        )
+
+    def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens neurons"]:
+        """Activations of this branch's neurons, the input of its ``down``."""
+        up = self.up(x)
+        if self.up_bias is not None:
+            up = up + self.up_bias
+        if self.gate is None:
+            return self.act(up)  # type: ignore[no-any-return]
+        gate = self.gate(x)
+        if self.gate_bias is not None:
+            gate = gate + self.gate_bias
+        return self.act(gate) * up  # type: ignore[no-any-return]
+
+    def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        return self.down(self.hidden(x))  # type: ignore[no-any-return]
+
+
+class SumFFN(nn.Module):
+    """``sum_b branch_b(x) + linear(x) + bias``: what every method of this package produces.
+
+    The branches are stored heavy first. An empty sum is a dropped FFN: it returns zeros (plus the bias, if any).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        branches: Sequence[Branch] = (),
+        linear: Projection | None = None,
+        bias: Float[Tensor, " d_model"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.branches = nn.ModuleList(branches)
+        self.linear = linear
+        self.register_parameter("bias", _parameter(bias))
+
+    @property
+    def spec(self) -> SumSpec:
+        return SumSpec(
+            d_model=self.d_model,
+            branches=tuple(branch.spec for branch in self._branches()),
+            linear=None if self.linear is None else self.linear.spec,
+            bias=self.bias is not None,
+        )
+
+    def _branches(self) -> list[Branch]:
+        return [branch for branch in self.branches if isinstance(branch, Branch)]
+
+    @classmethod
+    def empty(cls, spec: SumSpec, act: nn.Module, dtype: torch.dtype, device: torch.device | str) -> SumFFN:
+        """An uninitialised sum of the given structure, ready to be loaded into."""
+        device = torch.device(device)
+
+        def vector(size: int, wanted: bool) -> Tensor | None:
+            return torch.empty(size, dtype=dtype, device=device) if wanted else None
+
+        branches = [
+            Branch(
+                act,
+                empty_projection(branch.up, dtype, device),
+                empty_projection(branch.down, dtype, device),
+                None if branch.gate is None else empty_projection(branch.gate, dtype, device),
+                vector(branch.neurons, branch.up_bias),
+                vector(branch.neurons, branch.gate_bias),
+            )
+            for branch in spec.branches
+        ]
+        linear = None if spec.linear is None else empty_projection(spec.linear, dtype, device)
+        return cls(spec.d_model, branches, linear, vector(spec.d_model, spec.bias))
+
+    def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        total: Tensor | None = None
+        for branch in self.branches:
+            out = branch(x)
+            total = out if total is None else total + out
+        if self.linear is not None:
+            out = self.linear(x)
+            total = out if total is None else total + out
+        if total is None:
+            total = torch.zeros_like(x)
+        return total if self.bias is None else total + self.bias
+
+    @torch.no_grad()
+    def to_weights(self, dtype: torch.dtype | None = None) -> FFNWeights:
+        """The same function as one dense FFN: branches decoded and concatenated.
+
+        Raises:
+            ModelError: the sum has a linear map or no branch at all, which no dense FFN of this shape expresses.
+        """
+        branches = self._branches()
+        if self.linear is not None or not branches:
+            raise ModelError("a dropped FFN or one with a linear map cannot be written as dense up/gate/down weights")
+
+        def rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+            present = [part for part in parts if part is not None]
+            return torch.cat(present) if len(present) == len(parts) else None
+
+        up = torch.cat([branch.up.dense(dtype) for branch in branches])
+        return FFNWeights(
+            up=up,
+            down=torch.cat([branch.down.dense(dtype) for branch in branches], dim=1),
+            act=branches[0].act,
+            gate=rows([None if branch.gate is None else branch.gate.dense(dtype) for branch in branches]),
+            up_bias=rows([branch.up_bias for branch in branches]),
+            gate_bias=rows([branch.gate_bias for branch in branches]),
+            down_bias=self.bias,
+        )
+
+
+def dense_branch(ffn: FFNWeights) -> Branch:
+    """All neurons of a dense FFN as one dense branch (its ``down_bias`` belongs to the sum)."""
+    return Branch(
+        ffn.act,
+        Dense(ffn.up),
+        Dense(ffn.down),
+        None if ffn.gate is None else Dense(ffn.gate),
+        ffn.up_bias,
+        ffn.gate_bias,
+    )

@@ -1,0 +1,62 @@
+"""The reference forward of a packed low-bit matrix: unpack, dequantise, multiply."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ffsplit.ops.packing import unpack
+
+
+def dequantize(
+    packed: UInt8[Tensor, "out packed_in"],
+    scale_bits: Int[Tensor, "out groups"],
+    packed_zero: UInt8[Tensor, " packed_zeros"] | None,
+    *,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "out columns"]:
+    """Dense weights ``scale * (code - zero)`` of a packed matrix.
+
+    Args:
+        packed: codes, packed by :func:`ffsplit.ops.packing.pack`.
+        scale_bits: float16 scales as int16 bit patterns, so that casting a model never rounds them.
+        packed_zero: zeros of all rows and groups, packed as one row, or None for the symmetric grid around ``2 ** (bits - 1)``.
+        bits: bits per code.
+        group: consecutive input columns that share a scale; the last group may be short.
+        columns: input columns.
+        dtype: floating-point type of the result.
+    """
+    groups = scale_bits.shape[1]
+    codes = unpack(packed, bits, columns)
+    scale = scale_bits.view(torch.float16).to(dtype)
+    if packed_zero is None:
+        zero = torch.full((), 2 ** (bits - 1), dtype=dtype, device=packed.device).expand_as(scale)
+    else:
+        zero = unpack(packed_zero, bits, scale.numel()).view_as(scale).to(dtype)
+    if groups * group == columns:
+        grouped = codes.view(-1, groups, group).to(dtype)
+        return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(-1, columns)
+    scale = scale.repeat_interleave(group, dim=1)[:, :columns]
+    zero = zero.repeat_interleave(group, dim=1)[:, :columns]
+    return (codes.to(dtype) - zero) * scale
+
+
+def packed_linear(
+    x: Float[Tensor, "*tokens columns"],
+    packed: UInt8[Tensor, "out packed_in"],
+    scale_bits: Int[Tensor, "out groups"],
+    packed_zero: UInt8[Tensor, " packed_zeros"] | None,
+    *,
+    bits: int,
+    group: int,
+) -> Float[Tensor, "*tokens out"]:
+    """``x W^T`` for a packed ``W``; gradients flow to ``x``."""
+    weight = dequantize(
+        packed, scale_bits, packed_zero, bits=bits, group=group, columns=x.shape[-1], dtype=x.dtype
+    )
+    return linear(x, weight)

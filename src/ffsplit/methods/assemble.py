@@ -1,0 +1,216 @@
+"""Fitting a sum of branches: compress the inner projections, then `down` branch by branch, cheapest first.
+
+`down` is linear in the hidden activations, so it can be fitted exactly from sums. The parts with the fewest resources
+are compressed first, each against what the parts still undecided cannot make up for (the Schur complement of their
+Gram); afterwards the undecided parts, refitted by least squares, absorb the error that was made. The heavy hitters come
+last, so the branch that keeps its precision repairs the damage of the one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ffsplit.calibrate.layer import LayerData, RefitSums
+from ffsplit.ffn.spec import BranchSpec, DenseSpec, SumSpec
+from ffsplit.ffn.storage import Projection
+from ffsplit.ffn.sum import Branch, SumFFN
+from ffsplit.ffn.weights import FFNWeights
+from ffsplit.methods.compressors import DATA_FREE, How, compress
+from ffsplit.ops.least_squares import refit_down
+from ffsplit.ops.linalg import diagonal_scale, solve_psd
+
+Hidden = Callable[[Float[Tensor, "tokens d_model"]], Float[Tensor, "tokens hidden"]]
+Compress = Callable[[Float[Tensor, "d_model part"], Float[Tensor, "part part"]], Projection]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A branch to be: its neurons, its structure, and the algorithm for each of its projections."""
+
+    neurons: Int[Tensor, " neurons"]
+    spec: BranchSpec
+    how: How
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns of the joint `down` that are decided together, and how."""
+
+    columns: slice
+    compress: Compress
+
+
+def fit_parts(
+    data: LayerData, parts: Sequence[Part], spec: SumSpec, *, refit: bool, ridge: float, linear_rank: int | None = None
+) -> SumFFN:
+    """A sum of branches fitted to one FFN.
+
+    Args:
+        data: the dense FFN and its calibration inputs.
+        parts: heavy first; neurons that no part names are dropped.
+        spec: the structure promised by the method's plan.
+        refit: fit `down` by least squares to the dense outputs on the inputs that the compressed inner projections
+            really produce; otherwise every projection approximates its own dense matrix.
+        ridge: pull of the refit towards the old weights, relative to the mean diagonal of the Gram.
+        linear_rank: rank of a linear map beside the branches, or None; needs ``refit``.
+
+    Returns:
+        a sum whose structure is ``spec``.
+    """
+    drafts = [_draft(data, part) for part in parts]
+    if refit:
+        downs, linear, bias = _refit_downs(data, parts, drafts, spec, ridge, linear_rank)
+    else:
+        downs, linear, bias = _plain_downs(data, parts), None, data.ffn.down_bias
+    for draft, down in zip(drafts, downs, strict=True):
+        draft.down = down
+    return SumFFN(data.ffn.d_model, drafts, linear, bias)
+
+
+def _draft(data: LayerData, part: Part) -> Branch:
+    """The branch with its inner projections compressed; `down` is an exact stand-in until it is fitted."""
+    ffn, spec, dtype = data.ffn.take(part.neurons), part.spec, data.ffn.up.dtype
+    inner_is_dense = isinstance(spec.up, DenseSpec)
+    gram = None if inner_is_dense or part.how in DATA_FREE else data.statistics.input_gram
+    gate = None
+    if ffn.gate is not None and spec.gate is not None:
+        gate = compress(ffn.gate, spec.gate, part.how, gram, dtype)
+    return Branch(
+        ffn.act,
+        compress(ffn.up, spec.up, part.how, gram, dtype),
+        compress(ffn.down, DenseSpec(shape=spec.down.shape), part.how, None, dtype),
+        gate,
+        ffn.up_bias,
+        ffn.gate_bias,
+    )
+
+
+def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
+    downs = []
+    for part in parts:
+        gram = None
+        if not isinstance(part.spec.down, DenseSpec) and part.how not in DATA_FREE:
+            gram = data.statistics.hidden_gram[part.neurons][:, part.neurons]
+        weight = data.ffn.down[:, part.neurons]
+        downs.append(compress(weight, part.spec.down, part.how, gram, data.ffn.up.dtype))
+    return downs
+
+
+def _refit_downs(
+    data: LayerData,
+    parts: Sequence[Part],
+    drafts: Sequence[Branch],
+    spec: SumSpec,
+    ridge: float,
+    linear_rank: int | None,
+) -> tuple[list[Projection], Projection | None, Tensor | None]:
+    ffn, dtype = data.ffn, data.ffn.up.dtype
+    segments: list[Segment] = []
+    priors: list[Tensor] = []
+
+    def add(columns: int, prior: Tensor, structure: object, how: How) -> None:
+        start = segments[-1].columns.stop if segments else 0
+        segments.append(
+            Segment(
+                slice(start, start + columns),
+                lambda weight, gram: compress(weight, structure, how, gram, dtype),  # type: ignore[arg-type]
+            )
+        )
+        priors.append(prior)
+
+    if spec.bias:
+        add(1, ffn.down.new_zeros(ffn.d_model, 1), DenseSpec(shape=(ffn.d_model, 1)), "svd")
+    for part in parts:
+        add(len(part.neurons), ffn.down[:, part.neurons], part.spec.down, part.how)
+    if linear_rank is not None:
+        add(ffn.d_model, ffn.down.new_zeros(ffn.d_model, ffn.d_model), spec.linear, "whitened")
+
+    sums = _joint_sums(data, parts, drafts, bias=spec.bias, linear=linear_rank is not None)
+    fitted = fit_segments(sums, segments, torch.cat(priors, dim=1), ridge)
+    bias = None
+    if spec.bias:
+        shift = fitted.pop(0).dense()[:, 0]
+        bias = (shift if ffn.down_bias is None else ffn.down_bias + shift).to(dtype)
+    linear = fitted.pop() if linear_rank is not None else None
+    return fitted, linear, bias
+
+
+def _joint_sums(
+    data: LayerData, parts: Sequence[Part], drafts: Sequence[Branch], *, bias: bool, linear: bool
+) -> RefitSums:
+    """Sums over [1 | hidden of every part | x], whichever of them exist."""
+    exact = all(isinstance(part.spec.up, DenseSpec) for part in parts)
+    if exact and not bias and not linear and data.corrections is None:
+        return _sums_from_statistics(data.ffn, data.statistics.hidden_gram, torch.cat([p.neurons for p in parts]))
+
+    @torch.no_grad()
+    def hidden(x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens hidden"]:
+        columns = [x.new_ones(x.shape[0], 1)] if bias else []
+        columns += [draft.hidden(x) for draft in drafts]
+        return torch.cat([*columns, x] if linear else columns, dim=1)
+
+    return data.refit_sums(hidden)
+
+
+def _sums_from_statistics(
+    ffn: FFNWeights, hidden_gram: Float[Tensor, "d_ff d_ff"], kept: Int[Tensor, " kept"]
+) -> RefitSums:
+    """Exact inner projections: the sums are already in the dense FFN's Gram, no second pass needed."""
+    down = ffn.down.to(hidden_gram.dtype)
+    rows = hidden_gram[kept]
+    energy = torch.einsum("oi,ij,oj->", down, hidden_gram, down)
+    return RefitSums(rows[:, kept], rows @ down.T, energy)
+
+
+def fit_segments(
+    sums: RefitSums, segments: Sequence[Segment], prior: Float[Tensor, "d_model hidden"], ridge: float
+) -> list[Projection]:
+    """Compress the columns of a joint `down` segment by segment, the last first, the others absorbing the error.
+
+    Each segment is measured in its own unit (its mean Gram diagonal), so that one relative ridge suits hidden
+    activations, inputs and constants alike.
+
+    Args:
+        sums: Gram of the hidden activations and their products with the targets.
+        segments: contiguous, in column order; the first ones have the most resources.
+        prior: where the ridge pulls to.
+        ridge: relative to the mean diagonal of the Gram.
+
+    Returns:
+        one projection a segment, in the order given.
+    """
+    unit = _units(sums.gram, segments)
+    gram = sums.gram / unit[:, None] / unit
+    cross = sums.cross / unit[:, None]
+    start = prior.double() * unit
+    done: list[Projection] = []
+    for segment in reversed(segments):
+        mine, rest = segment.columns, slice(0, segment.columns.start)
+        undecided = slice(0, mine.stop)
+        weight = refit_down(gram[undecided, undecided], cross[undecided], ridge, start[:, undecided])[:, mine]
+        effective = gram[mine, mine]
+        if mine.start:
+            effective = effective - gram[mine, rest] @ solve_psd(gram[rest, rest], gram[rest, mine], ridge)
+        scale = unit[mine]
+        projection = segment.compress(weight / scale, symmetric(effective * scale[:, None] * scale))
+        decided = projection.dense(torch.float64) * scale
+        cross[rest] -= gram[rest, mine] @ decided.T
+        done.append(projection)
+    return done[::-1]
+
+
+def _units(gram: Float[Tensor, "hidden hidden"], segments: Sequence[Segment]) -> Float[Tensor, " hidden"]:
+    unit = torch.ones(gram.shape[0], dtype=torch.float64, device=gram.device)
+    for segment in segments:
+        unit[segment.columns] = diagonal_scale(gram[segment.columns, segment.columns]).sqrt()
+    return unit
+
+
+def symmetric(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The symmetric part: rounding leaves a Schur complement slightly skew."""
+    return (matrix + matrix.T) / 2

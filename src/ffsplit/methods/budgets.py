@@ -1,0 +1,108 @@
+"""From a budget to a structure: how many neurons, which rank, which bits fit. Counting, no data."""
+
+from __future__ import annotations
+
+from ffsplit.errors import BudgetError
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.ffn.spec import BranchSpec, DenseSpec, LowRankSpec, PackedSpec, SumSpec
+
+FLOAT_BITS = 16
+
+
+def dense_branch_spec(shape: FFNShape, neurons: int) -> BranchSpec:
+    """A branch of ``neurons`` dense neurons."""
+    inner = DenseSpec(shape=(neurons, shape.d_model))
+    return BranchSpec(
+        up=inner,
+        gate=inner if shape.gated else None,
+        down=DenseSpec(shape=(shape.d_model, neurons)),
+        up_bias=shape.up_bias,
+        gate_bias=shape.gate_bias,
+    )
+
+
+def low_rank_branch_spec(shape: FFNShape, neurons: int, rank: int) -> BranchSpec:
+    """A branch of ``neurons`` neurons whose matrices all have the same rank."""
+    inner = LowRankSpec(shape=(neurons, shape.d_model), rank=rank)
+    return BranchSpec(
+        up=inner,
+        gate=inner if shape.gated else None,
+        down=LowRankSpec(shape=(shape.d_model, neurons), rank=rank),
+        up_bias=shape.up_bias,
+        gate_bias=shape.gate_bias,
+    )
+
+
+def packed_branch_spec(shape: FFNShape, neurons: int, bits: int, group: int, symmetric: bool = False) -> BranchSpec:
+    """A branch of ``neurons`` neurons in ``bits``-bit codes; 16 bits means dense."""
+    if bits == FLOAT_BITS:
+        return dense_branch_spec(shape, neurons)
+
+    def packed(rows: int, columns: int) -> PackedSpec:
+        return PackedSpec(shape=(rows, columns), bits=bits, group=min(group, columns), symmetric=symmetric)
+
+    inner = packed(neurons, shape.d_model)
+    return BranchSpec(
+        up=inner,
+        gate=inner if shape.gated else None,
+        down=packed(shape.d_model, neurons),
+        up_bias=shape.up_bias,
+        gate_bias=shape.gate_bias,
+    )
+
+
+def sum_spec(shape: FFNShape, branches: list[BranchSpec], *, bias: bool, linear_rank: int = 0) -> SumSpec:
+    """A sum of the branches that have neurons; a linear map of rank 0 is none."""
+    square = (shape.d_model, shape.d_model)
+    return SumSpec(
+        d_model=shape.d_model,
+        branches=tuple(branch for branch in branches if branch.neurons),
+        linear=LowRankSpec(shape=square, rank=linear_rank) if linear_rank else None,
+        bias=bias,
+    )
+
+
+def keep_budget(shape: FFNShape, keep: float) -> int:
+    """Parameters that a keep ratio allows."""
+    return int(keep * shape.parameters)
+
+
+def width_for(shape: FFNShape, parameters: int, align: int = 1) -> int:
+    """The most neurons that fit into ``parameters``, a multiple of ``align`` (all of them if all fit).
+
+    Raises:
+        BudgetError: not even ``align`` neurons fit.
+    """
+    fixed = shape.d_model * shape.down_bias
+    fits = min((parameters - fixed) // shape.neuron_parameters, shape.d_ff)
+    width = fits if fits == shape.d_ff else fits // align * align
+    if width < 1:
+        smallest = (min(align, shape.d_ff) * shape.neuron_parameters + fixed) / shape.parameters
+        raise BudgetError(
+            f"keep leaves no neuron of d_ff={shape.d_ff} (align={align}); the smallest reachable keep is {smallest:.4f}"
+        )
+    return width
+
+
+def rank_for(shape: FFNShape, heavy: int, parameters: int) -> int:
+    """The largest common rank of the rest's matrices when ``heavy`` neurons stay dense.
+
+    Raises:
+        BudgetError: not even rank 1 fits.
+    """
+    rest = shape.d_ff - heavy
+    fixed = shape.d_model * shape.down_bias + rest * shape.neuron_biases + heavy * shape.neuron_parameters
+    per_rank = shape.matrices * (rest + shape.d_model)
+    rank = (parameters - fixed) // per_rank
+    if rank < 1:
+        smallest = (fixed + per_rank) / shape.parameters
+        raise BudgetError(
+            f"keep leaves no rank for the rest beside {heavy} dense heavy neurons of d_ff={shape.d_ff}; the smallest "
+            f"reachable keep is {smallest:.4f} (or lower `heavy`)"
+        )
+    return min(rank, rest, shape.d_model)
+
+
+def average_bits(spec: SumSpec, shape: FFNShape) -> float:
+    """Stored bits per dense FFN weight, everything counted, floating-point numbers at 16 bits."""
+    return spec.stored_bits(FLOAT_BITS) / shape.weights

@@ -1,0 +1,206 @@
+"""FFSplit: the heavy hitters keep their resources, the rest of the FFN gets fewer (arXiv 2401.04044)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ffsplit.calibrate.layer import LayerData
+from ffsplit.errors import BudgetError
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.ffn.spec import BranchSpec, SumSpec
+from ffsplit.ffn.sum import SumFFN
+from ffsplit.methods.assemble import Part, fit_parts
+from ffsplit.methods.budgets import (
+    FLOAT_BITS,
+    average_bits,
+    dense_branch_spec,
+    keep_budget,
+    low_rank_branch_spec,
+    packed_branch_spec,
+    rank_for,
+    sum_spec,
+    width_for,
+)
+from ffsplit.methods.compressors import How
+from ffsplit.methods.neurons import ScoreName, neuron_order
+from ffsplit.methods.registry import MethodConfig, method
+
+Rest = Literal["svd", "whitened", "linear", "rtn", "gptq"]
+LOW_BIT: frozenset[str] = frozenset({"rtn", "gptq"})
+DEFAULT_HEAVY = {"svd": 0.3, "whitened": 0.35}
+LINEAR_SHARE = 0.1
+
+
+class FFSplitConfig(MethodConfig):
+    """What the heavy hitters keep and what the rest gets.
+
+    Attributes:
+        keep: share of the FFN's parameters that stay; the rest is then low rank or a linear map.
+        bits: average stored bits per weight, everything counted; the rest is then low-bit.
+        score: what makes a neuron heavy (eq. 3: the output norm).
+        heavy: share (below 1) or number of heavy neurons; None lets the budget decide.
+        heavy_bits: 16 (dense), or the bits of the heavy codes; 16 with ``keep``, 8 with ``bits`` unless set.
+        rest: how the rest is compressed: ``svd`` or ``whitened`` (low rank), ``linear`` (the rest becomes one low-rank
+            linear map of the input), ``gptq`` or ``rtn`` (low bit).
+        rest_bits: bits of the rest's codes; None takes the widest that fit.
+        group: consecutive inputs that share a scale; the heavy count is a multiple of it.
+        refit: least-squares fit of `down`, the heavy part absorbing the error of the rest. The paper has none.
+        ridge: pull of that fit to the old weights.
+
+    Raises (through pydantic): a value out of range, both or neither of the budgets, or a rest that does not fit the
+    budget's kind.
+    """
+
+    method: Literal["ffsplit"] = "ffsplit"
+    keep: float | None = Field(None, gt=0, le=1)
+    bits: float | None = Field(None, gt=0, le=FLOAT_BITS)
+    score: ScoreName = "output_norm"
+    heavy: float | None = Field(None, ge=0)
+    heavy_bits: int | None = Field(None, ge=2, le=FLOAT_BITS)
+    rest: Rest | None = None
+    rest_bits: int | None = Field(None, ge=2, le=8)
+    group: int = Field(64, ge=8)
+    symmetric: bool = False
+    refit: bool = True
+    ridge: float = Field(1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FFSplitConfig:
+        if (self.keep is None) == (self.bits is None):
+            raise ValueError("give exactly one budget: keep (the rest becomes low rank) or bits (the rest gets few bits)")
+        low_bit = self.compressor in LOW_BIT
+        if low_bit != (self.bits is not None):
+            raise ValueError(
+                f"rest={self.compressor!r} goes with {'bits' if low_bit else 'keep'}; with keep use svd, whitened or "
+                "linear, with bits use gptq or rtn"
+            )
+        if self.keep is not None and self.heavy_bits not in (None, FLOAT_BITS):
+            raise ValueError("heavy_bits below 16 needs the bits budget")
+        if self.compressor == "linear" and not self.refit:
+            raise ValueError("rest='linear' is itself a least-squares fit; it needs refit: true")
+        if self.heavy is not None and self.heavy >= 1 and self.heavy != int(self.heavy):
+            raise ValueError("heavy is a share below 1 or a whole number of neurons")
+        if self.heavy_bits is not None and 8 < self.heavy_bits < FLOAT_BITS:
+            raise ValueError("heavy_bits is 2 to 8 (codes) or 16 (dense)")
+        return self
+
+    @property
+    def compressor(self) -> Rest:
+        """The rest's compressor, with the default of the budget's kind."""
+        if self.rest is not None:
+            return self.rest
+        return "linear" if self.keep is not None else "gptq"
+
+    @property
+    def full_budget(self) -> bool:
+        return self.keep == 1 or self.bits == FLOAT_BITS
+
+
+def structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
+    """A heavy branch and a rest branch (or a linear map) that together meet the budget exactly or from below."""
+    if config.keep is None:
+        return _low_bit_structure(shape, config)
+    budget = keep_budget(shape, config.keep)
+    if config.compressor == "linear":
+        return _linear_structure(shape, config, budget)
+    share = DEFAULT_HEAVY[config.compressor] * config.keep if config.heavy is None else config.heavy
+    heavy = heavy_count(shape, share)
+    rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank_for(shape, heavy, budget))
+    return sum_spec(shape, [dense_branch_spec(shape, heavy), rest], bias=shape.down_bias)
+
+
+def heavy_count(shape: FFNShape, heavy: float) -> int:
+    """A share below 1 of the neurons, or a number of them.
+
+    Raises:
+        BudgetError: more heavy neurons than the FFN has.
+    """
+    count = round(heavy * shape.d_ff) if heavy < 1 else int(heavy)
+    if count > shape.d_ff:
+        raise BudgetError(f"heavy={heavy} is more than the FFN's d_ff={shape.d_ff} neurons")
+    return count
+
+
+def _linear_structure(shape: FFNShape, config: FFSplitConfig, budget: int) -> SumSpec:
+    """Heavy neurons and a low-rank linear map; by default the map gets a tenth of the budget."""
+    if config.heavy is None:
+        heavy = width_for(shape, budget - int(LINEAR_SHARE * budget))
+    else:
+        heavy = heavy_count(shape, config.heavy)
+    left = budget - heavy * shape.neuron_parameters - shape.d_model * shape.down_bias
+    rank = min(left // (2 * shape.d_model), shape.d_model)
+    if rank < 1:
+        smallest = (heavy * shape.neuron_parameters + 2 * shape.d_model) / shape.parameters
+        raise BudgetError(
+            f"keep={config.keep} leaves nothing for the linear map beside {heavy} heavy neurons; the smallest reachable "
+            f"keep is {smallest:.4f} (or lower `heavy`)"
+        )
+    return sum_spec(shape, [dense_branch_spec(shape, heavy)], bias=shape.down_bias, linear_rank=rank)
+
+
+def _low_bit_structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
+    """The widest rest codes that fit, then as many heavy neurons as the remaining bits pay for."""
+    assert config.bits is not None
+    counts = _heavy_counts(shape, config)
+    smallest = float(FLOAT_BITS)
+    for rest_bits in range(8, 1, -1) if config.rest_bits is None else (config.rest_bits,):
+        for heavy in counts:
+            spec = _low_bit_spec(shape, config, heavy, rest_bits)
+            bits = average_bits(spec, shape)
+            smallest = min(smallest, bits)
+            if bits <= config.bits:
+                return spec
+    raise BudgetError(
+        f"bits={config.bits} is out of reach with groups of {config.group} and {config.heavy_bits or 8}-bit heavy "
+        f"neurons; the smallest reachable is {smallest:.3f}"
+    )
+
+
+def _heavy_counts(shape: FFNShape, config: FFSplitConfig) -> list[int]:
+    """Candidate numbers of heavy neurons, the largest first, aligned to the groups of `down`."""
+    align = min(config.group, shape.d_ff)
+    if config.heavy is None:
+        return list(range(shape.d_ff // align * align, -1, -align))
+    return [round(heavy_count(shape, config.heavy) / align) * align]
+
+
+def _low_bit_spec(shape: FFNShape, config: FFSplitConfig, heavy: int, rest_bits: int) -> SumSpec:
+    def branch(neurons: int, bits: int) -> BranchSpec:
+        return packed_branch_spec(shape, neurons, bits, config.group, config.symmetric)
+
+    branches = [branch(heavy, config.heavy_bits or 8)] if heavy else []
+    if heavy < shape.d_ff:
+        branches.append(branch(shape.d_ff - heavy, rest_bits))
+    return sum_spec(shape, branches, bias=shape.down_bias)
+
+
+@method(
+    "ffsplit",
+    summary="heavy hitters exact (or in more bits), the rest low rank, linear or low-bit",
+    paper="FFSplit, arXiv 2401.04044",
+    budget=("keep", "bits"),
+    as_sum="heavy: dense or int8 + rest: low rank, linear map or int4/int3/int2",
+    config=FFSplitConfig,
+    structure=structure,
+)
+def ffsplit(data: LayerData, config: FFSplitConfig) -> SumFFN:
+    """Split by score, compress the rest, let the heavy part absorb the error."""
+    spec = structure(FFNShape.of(data.ffn), config)
+    heavy = _heavy_neurons(spec, data.ffn.d_ff, linear=config.compressor == "linear")
+    order = neuron_order(data, config.score, heavy)
+    how: How = "whitened" if config.compressor == "linear" else config.compressor
+    parts, start = [], 0
+    for branch in spec.branches:
+        parts.append(Part(order[start : start + branch.neurons], branch, how))
+        start += branch.neurons
+    linear_rank = spec.linear.rank if spec.linear is not None and spec.linear.kind == "low_rank" else None
+    return fit_parts(data, parts, spec, refit=config.refit, ridge=config.ridge, linear_rank=linear_rank)
+
+
+def _heavy_neurons(spec: SumSpec, d_ff: int, *, linear: bool) -> int:
+    """Neurons of the heavy branch; zero when the only branch is the rest."""
+    if linear or len(spec.branches) > 1:
+        return spec.branches[0].neurons
+    return 0 if spec.neurons == d_ff else spec.neurons

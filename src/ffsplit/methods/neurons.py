@@ -1,0 +1,73 @@
+"""Which neurons come first: every score and ordering of the field behind one function."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ffsplit.calibrate.layer import LayerData
+from ffsplit.ops import scores, selection
+
+ScoreName = Literal[
+    "output_norm",
+    "activation_norm",
+    "magnitude",
+    "wanda_sp",
+    "flap_variance",
+    "minitron",
+    "leverage",
+    "pivoted_qr",
+    "greedy_obs",
+    "forward",
+    "random",
+]
+SCORES: tuple[str, ...] = get_args(ScoreName)
+DATA_FREE_SCORES = frozenset({"magnitude", "random"})
+
+
+def neuron_scores(data: LayerData, name: ScoreName, *, ridge: float = 1e-3) -> Tensor:
+    """Importance of every neuron, larger is more important, for the scores that give each neuron a number.
+
+    Raises:
+        KeyError: ``name`` is an ordering (``pivoted_qr``, ``greedy_obs``, ``forward``), not a score.
+    """
+    ffn = data.ffn
+    if name == "magnitude":
+        return scores.magnitude(ffn.up, ffn.gate, ffn.down)
+    if name == "random":
+        generator = torch.Generator().manual_seed(data.seed)
+        return scores.random_scores(ffn.d_ff, generator).to(ffn.up.device)
+    statistics = data.statistics
+    square_sum = statistics.hidden_square_sum
+    computed = {
+        "output_norm": lambda: scores.output_norm(square_sum, ffn.down),
+        "activation_norm": lambda: scores.activation_norm(square_sum),
+        "wanda_sp": lambda: scores.wanda_sp(square_sum, ffn.down),
+        "flap_variance": lambda: scores.flap_variance(statistics.hidden_variance, ffn.down),
+        "minitron": lambda: scores.minitron(statistics.sequence_mean_square),
+        "leverage": lambda: selection.leverage(statistics.hidden_gram, ridge),
+    }
+    return computed[name]()
+
+
+def neuron_order(data: LayerData, name: ScoreName, count: int, *, ridge: float = 1e-3) -> Int[Tensor, " d_ff"]:
+    """All neurons, the ``count`` chosen ones first (most important first), then the rest.
+
+    Orderings that choose a set jointly (greedy OBS, pivoted QR, forward selection) choose it for this ``count``.
+    """
+    ffn = data.ffn
+    if name == "greedy_obs":
+        chosen = selection.greedy_obs_order(data.statistics.hidden_gram, ffn.down, count)
+    elif name == "forward":
+        chosen = selection.forward_selection_order(data.statistics.hidden_gram, ffn.down, count)
+    elif name == "pivoted_qr":
+        chosen = selection.pivoted_qr_order(data.statistics.hidden_gram, count=count)
+    else:
+        return torch.argsort(neuron_scores(data, name, ridge=ridge), descending=True, stable=True)
+    chosen = chosen[:count].to(ffn.up.device)
+    left = torch.ones(ffn.d_ff, dtype=torch.bool, device=chosen.device)
+    left[chosen] = False
+    return torch.cat([chosen, left.nonzero().flatten()])

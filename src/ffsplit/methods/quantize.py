@@ -1,0 +1,92 @@
+"""One precision for the whole FFN: round-to-nearest or GPTQ."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from ffsplit.calibrate.layer import LayerData
+from ffsplit.errors import BudgetError
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.ffn.sum import SumFFN
+from ffsplit.methods.assemble import Part, fit_parts
+from ffsplit.methods.budgets import FLOAT_BITS, average_bits, packed_branch_spec, sum_spec
+from ffsplit.methods.compressors import RoundHow
+from ffsplit.methods.registry import MethodConfig, method
+
+
+class QuantizeConfig(MethodConfig):
+    """Exactly one of ``bits`` (everything counted) and ``code_bits`` must be given.
+
+    Attributes:
+        bits: average stored bits per weight, scales, zeros and biases included; the widest codes that fit are taken.
+        code_bits: bits of a code, 2 to 8, whatever the total comes to.
+        rounding: ``gptq`` or ``rtn``.
+        group: consecutive inputs that share a scale.
+        symmetric: no zero points.
+        refit: least-squares fit of `down` on the quantised activations before it is quantised itself.
+        ridge: pull of that fit to the old weights.
+    """
+
+    method: Literal["quantize"] = "quantize"
+    bits: float | None = Field(None, gt=0, le=FLOAT_BITS)
+    code_bits: int | None = Field(None, ge=2, le=8)
+    rounding: RoundHow = "gptq"
+    group: int = Field(64, ge=8)
+    symmetric: bool = False
+    refit: bool = True
+    ridge: float = Field(1e-2, ge=0)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> QuantizeConfig:
+        if (self.bits is None) == (self.code_bits is None):
+            raise ValueError("give exactly one of bits and code_bits")
+        if self.refit and self.rounding == "rtn" and "refit" in self.model_fields_set:
+            raise ValueError("refit needs rounding: gptq (round-to-nearest is the data-free baseline)")
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        return self.rounding == "gptq"
+
+    @property
+    def full_budget(self) -> bool:
+        return self.bits == FLOAT_BITS
+
+
+def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
+    """One packed branch of all neurons.
+
+    Raises:
+        BudgetError: even 2-bit codes with their scales are above the budget.
+    """
+    widths = range(8, 1, -1) if config.code_bits is None else (config.code_bits,)
+    for code_bits in widths:
+        branch = packed_branch_spec(shape, shape.d_ff, code_bits, config.group, config.symmetric)
+        spec = sum_spec(shape, [branch], bias=shape.down_bias)
+        if config.bits is None or average_bits(spec, shape) <= config.bits:
+            return spec
+    raise BudgetError(
+        f"bits={config.bits} is out of reach with groups of {config.group}; the smallest reachable is "
+        f"{average_bits(spec, shape):.3f} bits (2-bit codes with their scales and zeros)"
+    )
+
+
+@method(
+    "quantize",
+    summary="one bit width for all neurons, by round-to-nearest or GPTQ",
+    paper="GPTQ, arXiv 2210.17323",
+    budget=("bits",),
+    as_sum="one packed branch of all neurons",
+    config=QuantizeConfig,
+    structure=structure,
+)
+def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
+    """Up and gate first, then `down` on the activations that they really give."""
+    spec = structure(FFNShape.of(data.ffn), config)
+    neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
+    part = Part(neurons, spec.branches[0], config.rounding)
+    return fit_parts(data, [part], spec, refit=config.refit and config.needs_data, ridge=config.ridge)

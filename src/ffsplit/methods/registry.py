@@ -1,0 +1,186 @@
+"""The registry of methods. The command line, the recipe schema, the tests and the docs follow from it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from ffsplit.calibrate.layer import LayerData
+from ffsplit.errors import RecipeError
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.ffn.sum import SumFFN, dense_branch
+from ffsplit.methods.budgets import dense_branch_spec, sum_spec
+
+Status = Literal["stable", "experimental"]
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's configuration: frozen, and an unknown key is an error.
+
+    A budget is either ``keep`` (share of the FFN's parameters that stay) or ``bits`` (average stored bits per dense
+    FFN weight, with scales, zeros and biases counted); which of the two a method takes is its own matter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    method: str
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether fitting looks at calibration inputs."""
+        return True
+
+    @property
+    def full_budget(self) -> bool:
+        """Whether the budget leaves the FFN as it is."""
+        return False
+
+
+class KeepConfig(MethodConfig):
+    """A method whose budget is a share of parameters; at 1 the FFN stays as it is."""
+
+    keep: float
+
+    @property
+    def full_budget(self) -> bool:
+        return self.keep == 1
+
+    @model_validator(mode="after")
+    def _keep_in_range(self) -> KeepConfig:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1 (share of FFN parameters that stay), not {self.keep}")
+        return self
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress an FFN.
+
+    Attributes:
+        name: what recipes and the command line call it.
+        summary: one line of what it does.
+        paper: where it comes from.
+        budget: which budgets it takes.
+        as_sum: the method in the terms of the one idea, a sum of branches.
+        config: its configuration class.
+        structure: the structure it will produce for an FFN of a given shape, before any data is seen.
+        fit: the compressed FFN, with exactly that structure.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    budget: tuple[Literal["keep", "bits"], ...]
+    as_sum: str
+    status: Status
+    config: type[MethodConfig]
+    structure: Callable[[FFNShape, Any], SumSpec]
+    fit: Callable[[LayerData, Any], SumFFN]
+
+    def plan(self, shape: FFNShape, config: MethodConfig) -> SumSpec:
+        """The structure that :meth:`apply` will produce for an FFN of this shape. Needs no data.
+
+        Raises:
+            BudgetError: the budget cannot be reached; the message says the smallest that can.
+        """
+        if config.full_budget:
+            return sum_spec(shape, [dense_branch_spec(shape, shape.d_ff)], bias=shape.down_bias)
+        return self.structure(shape, config)
+
+    def apply(self, data: LayerData, config: MethodConfig) -> SumFFN:
+        """The compressed FFN. A full budget is the dense FFN itself, whatever the method."""
+        if config.full_budget:
+            return SumFFN(data.ffn.d_model, [dense_branch(data.ffn)], bias=data.ffn.down_bias)
+        return self.fit(data, config)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    budget: tuple[Literal["keep", "bits"], ...],
+    as_sum: str,
+    config: type[MethodConfig],
+    structure: Callable[[FFNShape, Any], SumSpec],
+    status: Status = "stable",
+) -> Callable[[Callable[[LayerData, Any], SumFFN]], Callable[[LayerData, Any], SumFFN]]:
+    """Register the decorated function ``(data, config) -> SumFFN`` as a method."""
+
+    def register(fit: Callable[[LayerData, Any], SumFFN]) -> Callable[[LayerData, Any], SumFFN]:
+        if name in _METHODS:
+            raise ValueError(f"method {name} is registered twice")
+        _METHODS[name] = Method(name, summary, paper, budget, as_sum, status, config, structure, fit)
+        return fit
+
+    return register
+
+
+@cache
+def _import_methods() -> None:
+    import ffsplit.methods as room
+
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{room.__name__}.{module.name}")
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name, sorted."""
+    _import_methods()
+    return dict(sorted(_METHODS.items()))
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint that names the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def get_method(name: str) -> Method:
+    """A method by name. Raises RecipeError that lists the known ones."""
+    known = methods()
+    if name not in known:
+        raise RecipeError(f"unknown method {name!r}{nearest(name, list(known))} Known: {', '.join(known)}")
+    return known[name]
+
+
+def method_config(values: dict[str, Any]) -> MethodConfig:
+    """Validate the configuration of a method given as plain values with a ``method`` key.
+
+    Raises:
+        RecipeError: unknown method or field (with the nearest known one), or a value out of range.
+    """
+    if "method" not in values:
+        raise RecipeError(f"a method block needs a 'method' key; known: {', '.join(methods())}")
+    chosen = get_method(str(values["method"]))
+    try:
+        return chosen.config.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, chosen.config, f"method {chosen.name}")) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """A pydantic error as one readable sentence a problem."""
+    known = list(model.model_fields)
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            last = str(problem["loc"][-1])
+            lines.append(f"unknown key {field!r}{nearest(last, known)} Allowed: {', '.join(known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{field} is required")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}: {message} (got {problem['input']!r})" if field else message)
+    return f"{where}: " + "; ".join(lines)

@@ -1,0 +1,152 @@
+"""GPTQ: round one column at a time and let the columns that are still free absorb the error.
+
+The error that counts is that of the outputs, ``||(W - Q) X||_F^2 = tr((W - Q) G (W - Q)^T)`` with ``G = sum x^T x``.
+The working matrix is kept transposed, one input column per contiguous row.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ffsplit.ops.linalg import cholesky_or_none, diagonal_scale, ridged
+from ffsplit.ops.rounding import Grid, fit_grid, group_size, nearest_code
+
+Order = Literal["natural", "descending"]
+Fit = partial[Grid]
+
+
+def gptq(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    bits: int,
+    group: int | None,
+    *,
+    symmetric: bool = False,
+    damp: float = 0.01,
+    order: Order = "descending",
+    search: bool = True,
+    block: int = 64,
+) -> tuple[UInt8[Tensor, "out in"], Grid]:
+    """Codes whose outputs, not whose weights, are close to those of ``weight``.
+
+    Args:
+        weight: any float dtype; worked on in float32, or float64 if it is.
+        gram: ``sum x^T x`` of the inputs; dead inputs and singular Grams are fine.
+        bits: 1 to 8.
+        group: columns per group in the original order, or None for one group per row.
+        symmetric: see `fit_grid`.
+        damp: ridge on the Gram, relative to its mean diagonal.
+        order: ``descending`` rounds the columns with the most input energy first, while all others can still correct
+            for them, on grids fitted to ``weight`` beforehand (the order jumps between groups). ``natural`` goes from
+            left to right and fits each group's grid to the corrected weights when it gets there. Where the inputs'
+            energies differ by orders of magnitude, as hidden activations do, descending order leaves 2 to 4 times less
+            error; where they are alike, the two are within 10 % of each other.
+        search: search each grid's range for the least squared error, weighted by the Gram's diagonal.
+        block: columns between two updates of the rest of the matrix; changes the speed, not the result.
+
+    Returns:
+        The codes in the original column order, and their grid.
+
+    Reference: GPTQ, arXiv 2210.17323, algorithm 1; descending order is the "act-order" of its code.
+    """
+    work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    metric = gram.double() / diagonal_scale(gram)
+    fit = partial(fit_grid, bits=bits, group=group_size(weight.shape[1], group), symmetric=symmetric, search=search)
+    return (_static if order == "descending" else _dynamic)(work, metric, bits, fit, damp, block)
+
+
+def _static(
+    work: Float[Tensor, "out in"], metric: Float[Tensor, "in in"], bits: int, fit: Fit, damp: float, block: int
+) -> tuple[UInt8[Tensor, "out in"], Grid]:
+    """Descending order, every grid fitted beforehand."""
+    order = metric.diagonal().argsort(descending=True, stable=True)
+    grid = fit(work, importance=_importance(metric).to(work))
+    rest, factor = work.T[order], inverse_factor(metric[order][:, order], damp).to(work)
+    scale, zero = (values.to(work).T[order] for values in grid.columns(work.shape[1]))
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    codes[order] = _round_span(rest, factor, scale, zero, bits, 0, block)
+    return codes.T.contiguous(), grid
+
+
+def _dynamic(
+    work: Float[Tensor, "out in"], metric: Float[Tensor, "in in"], bits: int, fit: Fit, damp: float, block: int
+) -> tuple[UInt8[Tensor, "out in"], Grid]:
+    """Natural order, every grid fitted to the corrected weights of its group."""
+    rest, factor = work.T.clone(), inverse_factor(metric, damp).to(work)
+    size: int = fit.keywords["group"]
+    grids, codes = [], []
+    for start in range(0, len(rest), size):
+        group = rest[start : start + size].T
+        grids.append(fit(group, importance=_importance(metric)[start : start + size].to(work)))
+        scale, zero = (values.to(work).T for values in grids[-1].columns(group.shape[1]))
+        codes.append(_round_span(rest, factor, scale, zero, bits, start, block))
+    grid = Grid(torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1), size)
+    return torch.cat(codes).T.contiguous(), grid
+
+
+def _importance(metric: Float[Tensor, "in in"]) -> Float[Tensor, " in"]:
+    """Input energies in units of their mean, never quite zero: a dead input still deserves a sensible grid."""
+    return metric.diagonal().clamp_min(0.0) + 1e-6
+
+
+def inverse_factor(gram: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """Upper triangular ``U`` with ``U^T U = (gram + damp * mean(diag) * I)^-1``, float64.
+
+    Factored from the last column to the first, so that no explicit inverse is formed. A Gram that stays singular is
+    shifted until it is positive definite.
+    """
+    flipped = ridged(gram, damp).flip(0, 1)
+    lower = cholesky_or_none(flipped)
+    if lower is None:
+        lowest = torch.linalg.eigvalsh(flipped)[0]
+        flipped.diagonal().add_(1e-8 * diagonal_scale(gram) - lowest.clamp_max(0.0))
+        lower = torch.linalg.cholesky(flipped)
+    identity = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor
+
+
+def _round_span(
+    rest: Float[Tensor, "in out"],
+    factor: Float[Tensor, "in in"],
+    scale: Float[Tensor, "span out"],
+    zero: Float[Tensor, "span out"],
+    bits: int,
+    start: int,
+    block: int,
+) -> UInt8[Tensor, "span out"]:
+    """Round the columns from ``start`` on for which there is a scale; correct all later rows of ``rest`` in place."""
+    codes = torch.empty(scale.shape, dtype=torch.uint8, device=rest.device)
+    for first in range(0, scale.shape[0], block):
+        part = slice(first, min(first + block, scale.shape[0]))
+        here = slice(start + part.start, start + part.stop)
+        errors = _round_block(rest[here], factor[here, here], scale[part], zero[part], bits, codes[part])
+        rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
+    return codes
+
+
+def _round_block(
+    values: Float[Tensor, "block out"],
+    factor: Float[Tensor, "block block"],
+    scale: Float[Tensor, "block out"],
+    zero: Float[Tensor, "block out"],
+    bits: int,
+    codes: UInt8[Tensor, "block out"],
+) -> Float[Tensor, "block out"]:
+    """Round column after column, correcting the later ones of the block at once; fills ``codes``.
+
+    Returns:
+        The scaled rounding errors that the columns after the block are still to be corrected for.
+    """
+    errors = torch.empty_like(values)
+    for index in range(values.shape[0]):
+        code = nearest_code(values[index], scale[index], zero[index], bits)
+        codes[index] = code
+        errors[index] = (values[index] - (code - zero[index]) * scale[index]) / factor[index, index]
+        values[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
+    return errors

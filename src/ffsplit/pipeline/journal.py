@@ -1,0 +1,97 @@
+"""The journal of a running compression: finished FFNs on disk, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ffsplit.errors import ResumeError
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.ffn.sum import SumFFN
+
+_IDENTITY = "journal.json"
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """A digest of everything that a resumed run must share with the killed one."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sum_state(module: SumFFN) -> dict[str, torch.Tensor]:
+    """The tensors of a sum, without those of its activation module, which the model's family provides."""
+    return {name: tensor for name, tensor in module.state_dict().items() if ".act." not in name}
+
+
+class Journal:
+    """A directory with one safetensors file per finished FFN and the identity of the run.
+
+    Args:
+        directory: created if missing.
+        identity: what the run depends on (recipe, model, data, versions); a journal of another identity is refused.
+
+    Raises:
+        ResumeError: the directory holds a journal of another run.
+    """
+
+    def __init__(self, directory: str | Path, identity: dict[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        file = self.directory / _IDENTITY
+        identity = json.loads(json.dumps(identity, default=str))
+        if file.exists():
+            found = json.loads(file.read_text())
+            if found != identity:
+                differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+                raise ResumeError(
+                    f"{self.directory} belongs to a run with other {', '.join(differing)}; remove it to start afresh, or "
+                    "repeat the interrupted command"
+                )
+        else:
+            _write_whole(file, json.dumps(identity, indent=1).encode())
+
+    def _file(self, index: int) -> Path:
+        return self.directory / f"ffn-{index:04d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        return self._file(index).exists()
+
+    @property
+    def finished(self) -> int:
+        """FFNs on disk."""
+        return len(list(self.directory.glob("ffn-*.safetensors")))
+
+    def store(self, index: int, module: SumFFN, notes: dict[str, Any]) -> None:
+        """Write one finished FFN; it appears whole or not at all."""
+        file, partial = self._file(index), self._file(index).with_suffix(".partial")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in sum_state(module).items()}
+        metadata = {"spec": module.spec.model_dump_json(), "notes": json.dumps(notes)}
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, file)
+
+    def load(self, index: int, act: nn.Module, dtype: torch.dtype) -> tuple[SumFFN, dict[str, Any]]:
+        """Read one finished FFN and its notes."""
+        with safe_open(self._file(index), framework="pt") as stored:
+            metadata = stored.metadata()
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        module = SumFFN.empty(SumSpec.model_validate_json(metadata["spec"]), act, dtype, "cpu")
+        module.load_state_dict({**module.state_dict(), **state})
+        return module, json.loads(metadata["notes"])
+
+    def remove(self) -> None:
+        """Delete the journal: the result is safe elsewhere."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)

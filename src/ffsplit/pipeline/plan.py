@@ -1,0 +1,72 @@
+"""The plan: which FFN becomes which sum of branches. Made before any token is run, stored with the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, SerializeAsAny
+
+from ffsplit.errors import BudgetError
+from ffsplit.families.site import FFNSite
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.methods.budgets import dense_branch_spec, sum_spec
+from ffsplit.methods.registry import MethodConfig, get_method
+
+
+class PlannedFFN(BaseModel):
+    """One FFN: where it is, what happens to it, and what it becomes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    site: dict[str, Any]
+    shape: dict[str, Any]
+    method: SerializeAsAny[MethodConfig] | None
+    spec: SumSpec
+
+    @property
+    def name(self) -> str:
+        return str(self.site["name"])
+
+    @property
+    def dense_shape(self) -> FFNShape:
+        return FFNShape(**self.shape)
+
+
+class Plan(BaseModel):
+    """Every FFN of the model, in execution order."""
+
+    version: int = 1
+    ffns: tuple[PlannedFFN, ...]
+
+    @property
+    def keep(self) -> float:
+        """Share of the FFN parameters that stay (numbers stored, whatever their bits)."""
+        return sum(ffn.spec.parameters for ffn in self.ffns) / sum(ffn.dense_shape.parameters for ffn in self.ffns)
+
+    @property
+    def bits(self) -> float:
+        """Average stored bits per dense FFN weight, scales, zeros and biases counted, floats at 16 bits."""
+        return sum(ffn.spec.stored_bits() for ffn in self.ffns) / sum(ffn.dense_shape.weights for ffn in self.ffns)
+
+
+def make_plan(
+    sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Sequence[MethodConfig | None]
+) -> Plan:
+    """Decide the structure of every FFN.
+
+    Raises:
+        BudgetError: a budget is out of reach for some layer; the message names it and the smallest reachable.
+    """
+    planned = []
+    for site, shape, config in zip(sites, shapes, configs, strict=True):
+        if config is None:
+            spec = sum_spec(shape, [dense_branch_spec(shape, shape.d_ff)], bias=shape.down_bias)
+        else:
+            try:
+                spec = get_method(config.method).plan(shape, config)
+            except BudgetError as error:
+                raise BudgetError(f"{site.name}: {error}") from error
+        planned.append(PlannedFFN(site=site.to_dict(), shape=vars(shape), method=config, spec=spec))
+    return Plan(ffns=tuple(planned))

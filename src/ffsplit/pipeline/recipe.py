@@ -1,0 +1,206 @@
+"""A recipe: what to do to which FFN, on which text. One schema for YAML files, Python and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+
+from ffsplit.errors import RecipeError
+from ffsplit.methods.registry import MethodConfig, explain, get_method, method_config, methods, nearest
+
+DEFAULT_BITS = 4.0
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ffsplit-paper-lowrank": {"method": "ffsplit", "rest": "svd", "heavy": 0.1, "refit": False, "keep": 0.75},
+    "ffsplit-paper-quant": {
+        "method": "ffsplit", "rest": "rtn", "rest_bits": 3, "heavy": 0.03, "heavy_bits": 8, "refit": False, "bits": 4.0,
+    },
+}  # fmt: skip
+"""Recipes with names of their own, beside those of the methods: the paper's two, as published."""
+
+
+def _method(value: object) -> object:
+    if isinstance(value, MethodConfig):
+        return value
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, dict):
+        raise ValueError("a method is a name or a mapping with a 'method' key")
+    try:
+        return method_config(value)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+MethodField = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_method)]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Block):
+    """The text that statistics are taken on.
+
+    Attributes:
+        source: ``builtin``, a file, a folder, or a dataset id.
+        field: column of a structured source.
+        samples: windows (or documents, for encoders) used.
+        seq_len: tokens per window.
+        batch_size: windows per forward pass.
+    """
+
+    source: str = "builtin"
+    field: str | None = None
+    samples: int = Field(48, ge=1)
+    seq_len: int = Field(2048, ge=2)
+    batch_size: int = Field(1, ge=1)
+
+
+class Override(_Block):
+    """Another method for some of the FFNs: indices in execution order, such as ``0-3,29`` or ``-1``; or None to leave them."""
+
+    ffns: str
+    method: MethodField | None
+
+    @field_validator("ffns", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) else value
+
+
+class Recipe(_Block):
+    """Everything that determines a compression, beside the model.
+
+    Attributes:
+        method: for every FFN that no override names.
+        overrides: the last one that names an FFN wins.
+        calibration: text and amount.
+        propagate: fit each layer on the inputs that the already compressed ones give it.
+        targets: ``layer``: each compressed FFN imitates its dense one on the inputs that it gets; ``dense``: it also
+            repairs what the compressed layers before it changed, so that the residual stream follows the dense model's.
+        seed: of everything random.
+    """
+
+    version: Literal[1] = 1
+    method: MethodField
+    overrides: tuple[Override, ...] = ()
+    calibration: Calibration = Calibration()
+    propagate: bool = True
+    targets: Literal["layer", "dense"] = "layer"
+    seed: int = 0
+
+    def methods_for(self, count: int) -> list[MethodConfig | None]:
+        """The method of each of ``count`` FFNs in execution order; None leaves an FFN as it is."""
+        chosen: list[MethodConfig | None] = [self.method] * count
+        for override in self.overrides:
+            for index in parse_indices(override.ffns, count):
+                chosen[index] = override.method
+        return chosen
+
+
+def parse_indices(text: str, count: int) -> list[int]:
+    """Indices such as ``0-3,7,-1`` among ``count``.
+
+    Raises:
+        RecipeError: not a list of indices, or one out of range.
+    """
+    indices: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-") if not part.startswith("-") else (part, "", "")
+        try:
+            start = int(first)
+            stop = int(last) if dash else start
+        except ValueError:
+            raise RecipeError(f"ffns={text!r}: {part!r} is neither an index nor a range like 0-3") from None
+        if dash:
+            indices.extend(range(start, stop + 1))
+        else:
+            indices.append(start)
+    for index in indices:
+        if not -count <= index < count:
+            raise RecipeError(f"ffns={text!r}: index {index} is out of range; the model has {count} FFNs (0 to {count - 1})")
+    return [index % count for index in indices]
+
+
+def load_recipe(
+    recipe: str | Path | dict[str, Any] | Recipe = "ffsplit",
+    *,
+    keep: float | None = None,
+    bits: float | None = None,
+    calibration: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """A recipe from a method's name, a preset's name, a YAML file or plain values, with the caller's values on top.
+
+    Args:
+        recipe: where to start from.
+        keep: budget, share of FFN parameters that stay; replaces the recipe's.
+        bits: budget, stored bits per FFN weight; replaces the recipe's.
+        calibration: fields of :class:`Calibration` that replace the recipe's.
+        seed: replaces the recipe's.
+
+    Raises:
+        RecipeError: unknown name, key or value; or a budget that the method does not take.
+    """
+    if isinstance(recipe, Recipe):
+        values = recipe.model_dump(mode="json")
+    elif isinstance(recipe, dict):
+        values = dict(recipe)
+    else:
+        values = _named_or_file(str(recipe))
+    method = values.get("method")
+    if isinstance(method, str):
+        method = {"method": method}
+    if isinstance(method, dict):
+        values["method"] = _with_budget(dict(method), keep, bits)
+    if calibration:
+        values["calibration"] = {**(values.get("calibration") or {}), **calibration}
+    if seed is not None:
+        values["seed"] = seed
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, "recipe")) from error
+
+
+def _with_budget(method: dict[str, Any], keep: float | None, bits: float | None) -> dict[str, Any]:
+    if keep is not None and bits is not None:
+        raise RecipeError("give one budget, keep or bits, not both")
+    chosen = get_method(str(method.get("method")))
+    for name, value in (("keep", keep), ("bits", bits)):
+        if value is None:
+            continue
+        if name not in chosen.budget:
+            raise RecipeError(f"method {chosen.name} takes no {name}; its budget is {' or '.join(chosen.budget)}")
+        for other in ("keep", "bits", "code_bits"):
+            method.pop(other, None)
+        method[name] = value
+    if not {"keep", "bits", "code_bits"} & method.keys():
+        if "bits" not in chosen.budget:
+            raise RecipeError(f"method {chosen.name} needs a budget: keep (share of FFN parameters that stay, 0 to 1)")
+        method["bits"] = DEFAULT_BITS
+    return method
+
+
+def _named_or_file(name: str) -> dict[str, Any]:
+    if name in methods():
+        return {"method": {"method": name}}
+    if name in PRESETS:
+        return {"method": dict(PRESETS[name])}
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml", ".json"}:
+        known = [*methods(), *PRESETS]
+        raise RecipeError(f"unknown recipe {name!r}{nearest(name, known)} Known: {', '.join(known)}; or a .yaml file")
+    if not path.is_file():
+        raise RecipeError(f"recipe file {name} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {name} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe file {name} must hold a mapping with a 'method' key")
+    return values
