@@ -103,8 +103,8 @@ def test_pivoted_order_stops_at_the_numerical_rank(rank: int, seed: int) -> None
 
 
 @properties
-@given(d_ff=st.integers(2, 9), data=st.data(), seed=seeds)
-def test_exact_copies_are_pruned_for_free(d_ff: int, data: st.DataObject, seed: int) -> None:
+@given(d_ff=st.integers(2, 9), seed=seeds)
+def test_exact_copies_are_pruned_for_free(d_ff: int, seed: int) -> None:
     h, down = network(d_ff, 3, seed)
     doubled, both = torch.cat([h, 2 * h], 1), torch.cat([down, down.flip(0)], 1)
     gram = doubled.T @ doubled
@@ -156,7 +156,7 @@ def test_leverage_is_the_formula(d_ff: int, seed: int) -> None:
 @given(d_ff=st.integers(1, 12), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), seed=seeds)
 def test_scores_follow_a_permutation_of_the_neurons(d_ff: int, dtype: torch.dtype, seed: int) -> None:
     h, down = network(d_ff, 3, seed)
-    up, moments, down = h[:4].T.to(dtype), h.square().mean(0).to(dtype), down.to(dtype)
+    up, moments, down = h[:3].T.to(dtype), h.square().mean(0).to(dtype), down.to(dtype)
     perm = torch.randperm(d_ff, generator=torch.Generator().manual_seed(seed))
 
     def every(up: Tensor, moments: Tensor, down: Tensor) -> list[Tensor]:

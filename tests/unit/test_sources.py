@@ -194,9 +194,9 @@ def test_a_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     with pytest.raises(DataError, match=r"no such file or folder; did you mean .*valid\.txt"):
         load_texts(str(tmp_path / "vaild.txt"))
-    with pytest.raises(DataError, match="did you mean .*corpus"):
+    with pytest.raises(DataError, match=r"did you mean .*corpus"):
         load_texts(tmp_path / "corpsu")
-    with pytest.raises(DataError, match="the folder .* does not exist either"):
+    with pytest.raises(DataError, match=r"the folder .* does not exist either"):
         load_texts(str(tmp_path / "nowhere" / "valid.txt"))
 
 

@@ -87,8 +87,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def call(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Run a model without its key-value cache, which an evaluation never reads."""
-    without_cache = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
-    return module(**inputs, **without_cache)
+    parameters = inspect.signature(module.forward).parameters
+    # A wrapper (a compiled model, the decoder inside BartForCausalLM) takes *args and hands on what it is given.
+    wrapper = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
+    has_cache = "use_cache" in parameters or (wrapper and hasattr(getattr(module, "config", None), "use_cache"))
+    return module(**inputs, use_cache=False) if has_cache else module(**inputs)
 
 
 def pieces(tensor: Tensor, size: int) -> list[Tensor]:

@@ -39,11 +39,15 @@ class Use:
 
 
 def pair(model: nn.Module, traces: Iterable[Trace]) -> dict[Pairing, Use]:
-    """The FFNs that the traced forwards computed, in execution order of their first call."""
+    """The FFNs that the traced forwards computed, in execution order of their first call.
+
+    What an FFN returns is added to a residual stream; projections one after the other in a prediction head, an adapter
+    between two models or the modulation of a norm are none.
+    """
     found: dict[Pairing, Use] = {}
     for trace in traces:
         for call in trace.downs:
-            match = _match(model, call)
+            match = _match(model, call) if call.path in trace.added else None
             if match is not None:
                 found.setdefault(match[0], Use(match[1])).calls.append((trace, call))
     # A chain of three projections would be two FFNs that share one: a prediction head, not an FFN.

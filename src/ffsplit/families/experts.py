@@ -43,17 +43,17 @@ def find_experts(model: nn.Module) -> list[Experts]:
     return found
 
 
-def _fused_count(module: nn.Module) -> int:
-    """Experts of a module with stacked weights ``[experts, out, in]``.
+# Names of stacked weights in classes that are not named after experts: before the activation, after it.
+_STACKED = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("w1", "w2"), ("wi", "wo"), ("fc1", "fc2"))
 
-    That is two or more three-dimensional parameters with the same first size, or one in a class named after experts.
-    """
-    if type(module).__module__.startswith("torch."):
-        return 0
-    stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
+
+def _fused_count(module: nn.Module) -> int:
+    """Experts of a module with stacked weights ``[experts, out, in]``, or all experts' rows in one matrix (DBRX)."""
+    stacked = {name: p.shape[0] for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
     named = "expert" in type(module).__name__.lower()
-    if len(set(stacked)) == 1 and (len(stacked) > 1 or named):
-        return stacked[0]
+    known = any(up in stacked and down in stacked for up, down in _STACKED)
+    if len(set(stacked.values())) == 1 and (named or known):
+        return next(iter(stacked.values()))
     if named and sum(p.dim() == 2 for p in module.parameters(recurse=False)) > 1:
         count = getattr(module, "num_experts", None) or getattr(module, "moe_num_experts", None)
         return count if isinstance(count, int) and count > 1 else 0

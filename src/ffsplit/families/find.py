@@ -59,15 +59,12 @@ class FFNs:
         calls: how often one forward runs each, by the site's name.
         coverage: how much of the model they are.
         blocks: the layers that they are in.
-        apart: names of the sites that the model's forward on tiny inputs did not run: those of a sub-model, such as an
-            image tower, that was run on its own.
     """
 
     sites: tuple[FFNSite, ...]
     calls: Mapping[str, int]
     coverage: Coverage
     blocks: tuple[Block, ...]
-    apart: tuple[str, ...] = ()
 
 
 def find_ffns(model: PreTrainedModel, inputs: Inputs | None = None) -> FFNs:
@@ -88,9 +85,13 @@ def find_ffns(model: PreTrainedModel, inputs: Inputs | None = None) -> FFNs:
         if experts:
             raise ModelError(_refusal(experts, None)) from error
         raise
-    found = pair(model, traces)
+    found = pair(model, traces.values())
     placer = Placer(model, found)
-    placed = {pairing: placer.place(pairing) for pairing in found}
+    placed: dict[Pairing, FFNSite | str] = {pairing: placer.place(pairing) for pairing in found}
+    main = traces.get("")
+    for pairing, use in found.items():
+        if main is not None and all(trace is not main for trace, _ in use.calls):
+            placed[pairing] = f"{pairing.down}: the model's forward on these inputs does not run it"
     sites = tuple(site for site in placed.values() if isinstance(site, FFNSite))
     notes = [reason for reason in placed.values() if isinstance(reason, str)]
     coverage = _coverage(model, found, sites, notes, experts)
@@ -102,13 +103,8 @@ def find_ffns(model: PreTrainedModel, inputs: Inputs | None = None) -> FFNs:
     for note in coverage.notes:
         logger.warning("FFN not covered: %s", note)
     calls = {site.name: len(found[pairing].calls) for pairing, site in placed.items() if isinstance(site, FFNSite)}
-    flows = {path: calls for trace in traces for path, calls in trace.flows.items()}
-    apart = tuple(
-        site.name
-        for pairing, site in placed.items()
-        if isinstance(site, FFNSite) and all(trace is not traces[0] for trace, _ in found[pairing].calls)
-    )
-    return FFNs(sites, calls, coverage, blocks_of(model, sites, flows), apart)
+    flows = {path: calls for trace in traces.values() for path, calls in trace.flows.items()}
+    return FFNs(sites, calls, coverage, blocks_of(model, sites, flows))
 
 
 def _coverage(

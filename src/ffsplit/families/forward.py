@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs | None = None) -> list[W]:
+def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs | None = None) -> dict[str, W]:
     """Run the model under a watcher; sub-models that the run did not reach are run each on their own.
 
     Args:
@@ -40,7 +40,7 @@ def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs |
         inputs: keyword arguments of the model's ``forward``; made up when not given.
 
     Returns:
-        The watchers of the runs that worked.
+        The watchers of the runs that worked, by the path of what was run; the model itself has the empty path.
 
     Raises:
         ModelError: neither the model nor any of its sub-models could be run.
@@ -52,14 +52,15 @@ def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs |
         place = " on the meta device (without weights)" if model.device.type == "meta" else ""
         raise ModelError(
             f"{type(model).__name__} could not be run{place} on made-up inputs, so its FFNs cannot be found; "
-            f"pass inputs=... with keyword arguments that its forward accepts. Tried:\n  " + "\n  ".join(failures)
+            f"pass inputs=... with keyword arguments that its forward accepts. Tried:\n  "
+            + ("\n  ".join(failures) or "nothing, it takes none of the usual inputs")
         )
     return watchers
 
 
 def _drive(
     model: PreTrainedModel, path: str, watch: Callable[[Inputs], W], inputs: Inputs | None, failures: list[str]
-) -> list[W]:
+) -> dict[str, W]:
     for kwargs in [inputs] if inputs is not None else candidate_inputs(model):
         watcher = watch(kwargs)
         try:
@@ -68,11 +69,15 @@ def _drive(
         except _FAILURES as error:
             failures.append(f"{path or type(model).__name__}({', '.join(kwargs)}): {type(error).__name__}: {error}")
             continue
-        missed = [] if inputs is not None else list(_unreached(model, path, reached))
-        return [watcher, *(w for name, sub in missed for w in _drive(sub, name, watch, None, failures))]
-    if inputs is not None:
-        return []
-    return [w for name, sub in _sub_models(model, path).items() for w in _drive(sub, name, watch, None, failures)]
+        found = {path: watcher}
+        missed = dict(_unreached(model, path, reached))
+        break
+    else:
+        found, missed = {}, _sub_models(model, path)
+    if inputs is None:
+        for name, sub in missed.items():
+            found |= _drive(sub, name, watch, None, failures)
+    return found
 
 
 # Whatever a forward raises when it dislikes its inputs. Each failure ends up in the message if no run works.

@@ -4,7 +4,9 @@ The output of a projection starts a *stream*. A stream survives everything that 
 the leading axes, casts, the two halves of a fused projection, element-wise functions of itself and of constants. It
 ends as soon as another activation is mixed in (a residual, a norm, attention); only the product of two streams of the
 same input, gate times up, is kept. Values also carry an *identity*, a number that views, copies and casts preserve:
-two tensors with the same identity hold the same numbers in the same order.
+two tensors with the same identity hold the same numbers in the same order. And they carry the *branch* that they are
+all of, the latest projection whose output they are made from and nothing else, through norms and anything: a branch
+ends where it is added to the residual stream.
 """
 
 from __future__ import annotations
@@ -60,6 +62,17 @@ _FACTORIES = {
 }
 _LINEAR = {aten.add, aten.add_, aten.sub, aten.sub_, aten.rsub, aten.neg, aten.neg_}
 _PRODUCT = {aten.mul, aten.mul_}
+_SUM = {
+    aten.add,
+    aten.add_,
+    aten.addcmul,
+    aten.addcmul_,
+    aten.index_add,
+    aten.index_add_,
+    aten.rsub,
+    aten.sub,
+    aten.sub_,
+}
 _QUOTIENT = {aten.div, aten.div_}
 
 
@@ -93,7 +106,11 @@ Value = tuple[Stream] | tuple[Stream, Stream]
 
 
 class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows streams and identities through every operation that runs inside it."""
+    """Follows streams, identities and branches through every operation that runs inside it.
+
+    Attributes:
+        added: projections whose branch was added to something else.
+    """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -101,6 +118,8 @@ class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values: MutableMapping[Tensor, Value] = WeakTensorKeyDictionary()
         self._identities: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._activations: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        self._branches: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        self.added: set[str] = set()
         self._next = 0
         for tensor in inputs:
             self._activations[tensor] = True
@@ -124,6 +143,7 @@ class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def start(self, tensor: Tensor, source: str, x: int) -> None:
         """Declare a tensor to be the output of the projection ``source`` for the input with identity ``x``."""
         self._identities.pop(tensor, None)
+        self._branches[tensor] = source
         self.set_value(tensor, (Stream(source, None, x, nonlinear=False, act=None, function=torch.clone),))
 
     def blame(self, tensor: Tensor, act: str) -> None:
@@ -141,13 +161,27 @@ class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         packet = func.overloadpacket
         active = packet not in _FACTORIES and any(tensor in self._activations for tensor in inputs)
+        branch = self._branch(packet, [tensor for tensor in inputs if tensor in self._activations])
         for tensor in outputs:
             value, identity = self._derive(func, packet, args, kwargs, inputs, tensor)
             # Always assigned or deleted: an operation in place returns a tensor that has entries already.
             _assign(self._values, tensor, value)
             _assign(self._identities, tensor, identity)
             _assign(self._activations, tensor, active or None)
+            _assign(self._branches, tensor, branch)
         return out
+
+    def _branch(self, packet: Any, activations: list[Tensor]) -> str | None:
+        """The one projection that an operation's result comes from; notes the sum that ends a branch."""
+        if packet in _PRODUCT and len(activations) == 2:
+            # A weight per token (the gate of a shared expert, a drop path) leaves the branch a branch.
+            activations = [tensor for tensor in activations if tensor.dim() and tensor.shape[-1] != 1] or activations
+        branches = {self._branches.get(tensor) for tensor in activations}
+        if len(branches) == 1:
+            return branches.pop()
+        if packet in _SUM:
+            self.added |= {branch for branch in branches if branch is not None}
+        return None
 
     def _derive(
         self, func: Any, packet: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Tensor

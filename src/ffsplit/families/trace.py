@@ -65,12 +65,14 @@ class Trace:
         simple: modules called with one tensor for one tensor, innermost first.
         flows: the calls of the elements of layer lists, by path, in execution order.
         calls: how often each module was called.
+        added: projections whose output was, through norms at most, added to something else: a residual stream.
     """
 
     downs: list[DownCall] = field(default_factory=list)
     simple: list[ModuleCall] = field(default_factory=list)
     flows: dict[str, list[Flow]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    added: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Tracer:
 
     def __exit__(self, *exception: Any) -> None:
         self._mode.__exit__(*exception)  # type: ignore[no-untyped-call]
+        self.trace.added = self._mode.added
         for handle in self._handles:
             handle.remove()
 
@@ -151,10 +154,14 @@ class Tracer:
             self._mode.blame(output, path)
 
 
-def trace_model(model: PreTrainedModel, inputs: Inputs | None = None) -> list[Trace]:
+def trace_model(model: PreTrainedModel, inputs: Inputs | None = None) -> dict[str, Trace]:
     """Trace the model, and whichever of its sub-models that run did not reach, on tiny inputs.
+
+    Returns:
+        Traces by the path of what was run; the model itself has the empty path.
 
     Raises:
         ModelError: nothing could be run.
     """
-    return [tracer.trace for tracer in drive(model, lambda kwargs: Tracer(model, kwargs), inputs)]
+    tracers = drive(model, lambda kwargs: Tracer(model, kwargs), inputs)
+    return {path: tracer.trace for path, tracer in tracers.items()}

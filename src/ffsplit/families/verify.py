@@ -65,7 +65,7 @@ def verify(
         ModelError: weights are not finite, or an FFN computes something else than its weights say.
     """
     check_finite(model, sites)
-    recorders = drive(model, lambda _kwargs: _Recorder(model, sites), inputs)
+    recorders = drive(model, lambda _kwargs: _Recorder(model, sites), inputs).values()
     for site in sites:
         recorder = next((r for r in recorders if site.name in r.outputs and site.name in r.inputs), None)
         if recorder is None:

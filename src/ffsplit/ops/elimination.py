@@ -37,14 +37,18 @@ class Elimination:
     """
 
     def __init__(
-        self, matrix: Float[Tensor, "n n"], attached: Float[Tensor, "n m"], tolerance: float | None = None
+        self,
+        matrix: Float[Tensor, "n n"],
+        attached: Float[Tensor, "n m"],
+        floor: Float[Tensor, "..."] | None = None,
     ) -> None:
         """Start from ``matrix`` [n, n] and ``attached`` [n, m], both copied to float64.
 
         Args:
             matrix: positive semi-definite.
             attached: rows carried along; [n, 0] if there are none.
-            tolerance: pivots up to this fraction of the largest diagonal entry count as zero; by default ``n * eps``.
+            floor: diagonal entries up to this count as zero, one value or one per index; by default ``eps`` of their
+                sum.
         """
         self._matrix, self._attached = matrix.double().clone(), attached.double().clone()
         size, width = self._attached.shape
@@ -53,8 +57,8 @@ class Elimination:
         self.diagonal = self._matrix.diagonal().clone()
         self.energy = self._attached.square().sum(1)
         self.picked = torch.zeros(size, dtype=torch.bool, device=matrix.device)
-        relative = size * EPSILON if tolerance is None else tolerance
-        self._floor = relative * self.diagonal.max() if size else self.diagonal.sum()
+        rounding = EPSILON * self.diagonal.abs().sum() if floor is None else floor
+        self._floor = rounding.to(self.diagonal).expand(size)
 
     def gain(self) -> Float[Tensor, " n"]:
         """``||X_j||^2 / A_jj``, zero where nothing is left of ``A_jj``."""
@@ -74,7 +78,7 @@ class Elimination:
         column = self._matrix.index_select(0, index)[0] - self._left[:, done] @ coefficients[0]
         row = self._attached[index] - coefficients @ self._right[done]
         pivot = column[index]
-        factor = torch.where(pivot > self._floor, pivot.clamp_min(torch.finfo(pivot.dtype).tiny).rsqrt(), 0.0)
+        factor = torch.where(pivot > self._floor[index], pivot.clamp_min(torch.finfo(pivot.dtype).tiny).rsqrt(), 0.0)
         left, right = column * factor, row[0] * factor
         along = self._attached @ right - self._left[:, done] @ (self._right[done] @ right)
         self.diagonal = self.diagonal - left.square()

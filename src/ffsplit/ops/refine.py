@@ -138,6 +138,6 @@ def _descend(
     return moved
 
 
-def _ratio(numerator: Float[Tensor, "*shape"], positive: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def _ratio(numerator: Float[Tensor, "..."], positive: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """``numerator / positive``, zero where there is nothing to divide by."""
     return torch.where(positive > 0, numerator / torch.where(positive > 0, positive, 1.0), 0.0)

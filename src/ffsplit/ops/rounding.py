@@ -61,7 +61,7 @@ def fit_grid(
     symmetric: bool = False,
     search: bool = False,
     steps: int = 36,
-    importance: Float[Tensor, "*out in"] | None = None,
+    importance: Float[Tensor, "... in"] | None = None,
 ) -> Grid:
     """Fit scale and zero point to every group of a weight.
 
@@ -108,7 +108,7 @@ def round_to_nearest(
     *,
     symmetric: bool = False,
     search: bool = False,
-    importance: Float[Tensor, "*out in"] | None = None,
+    importance: Float[Tensor, "... in"] | None = None,
 ) -> tuple[UInt8[Tensor, "out in"], Grid]:
     """`fit_grid`, then `encode`: the baseline of every rounding method."""
     grid = fit_grid(weight, bits, group, symmetric=symmetric, search=search, importance=importance)
@@ -116,8 +116,8 @@ def round_to_nearest(
 
 
 def nearest_code(
-    weight: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape"], zero: Float[Tensor, "*shape"], bits: int
-) -> Float[Tensor, "*shape"]:
+    weight: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero: Float[Tensor, "..."], bits: int
+) -> Float[Tensor, "..."]:
     """The code nearest to each weight, as a float; shapes broadcast."""
     return (torch.round(weight / scale) + zero).clamp(0, 2**bits - 1)
 

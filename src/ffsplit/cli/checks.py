@@ -1,0 +1,154 @@
+"""Refusals that cost nothing: made before a model or the numerical libraries are loaded, wherever that is possible."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffsplit.errors import CheckpointError, ModelError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+MARK = "ffsplit_plan.json"
+
+
+def check_budget(keep: float | None, bits: float | None) -> None:
+    """At most one budget, in range.
+
+    Raises:
+        RecipeError: both are given, or one is out of range.
+    """
+    if keep is not None and bits is not None:
+        raise RecipeError("give one budget, --keep or --bits, not both")
+    if keep is not None and not 0 < keep <= 1:
+        raise RecipeError(f"--keep {keep}: must be above 0 and at most 1 (share of the FFN parameters that stay)")
+    if bits is not None and not 0 < bits <= 16:
+        raise RecipeError(f"--bits {bits}: must be above 0 and at most 16 (stored bits per FFN weight)")
+
+
+def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
+    """The output directory can be made, and nothing of value is in its place.
+
+    Args:
+        out: the directory to be.
+        overwrite: an earlier output may be replaced; a directory of another kind never is.
+        mark: the file that tells an earlier output from other directories.
+
+    Raises:
+        CheckpointError: it exists and may not be replaced, or its parent cannot be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} exists and is not a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"{out} exists and is not empty; choose another directory, or give --overwrite")
+        if not (out / mark).is_file():
+            raise CheckpointError(f"{out} holds no {mark}, so ffsplit did not write it and will not replace it")
+    check_writable(out.absolute().parent)
+
+
+def check_writable(directory: Path) -> None:
+    """A file can be made in a directory, or in the nearest one above it that exists.
+
+    Raises:
+        CheckpointError: it cannot; the message says where and why.
+    """
+    while not directory.exists():
+        directory = directory.parent
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file, so nothing can be written below it")
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written to: {error.strerror or error}") from error
+
+
+def check_model_name(name: str) -> None:
+    """Something that was spelt like a path exists; whether it holds a model is seen when it is opened.
+
+    Raises:
+        ModelError: there is no such path; the message names the nearest one.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf"):
+        return
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
+    raise ModelError(f"model {name!r}: no such file or folder{hint}")
+
+
+def check_text(source: str, field: str | None, split: str) -> None:
+    """A source exists and has text in it; only its first document is read.
+
+    Raises:
+        DataError: it is missing, empty, damaged, or has no such field.
+    """
+    from ffsplit.calibrate.sources import load_texts
+
+    load_texts(source, field, "evaluation" if split == "evaluation" else "calibration", max_characters=1)
+
+
+def stored_config(directory: str) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint folder; empty for anything else, which is looked at later.
+
+    Raises:
+        ModelError: the file is not JSON.
+    """
+    file = Path(directory).expanduser() / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: is not valid JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name.
+
+    Raises:
+        RecipeError: it is none of those that weights are loaded in.
+    """
+    if name is not None and name not in DTYPES:
+        close = difflib.get_close_matches(name, DTYPES, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"--dtype {name!r}: must be one of {', '.join(DTYPES)}{hint}")
+    if name is None:
+        return None
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of a name; an accelerator if there is one, when none is given.
+
+    Raises:
+        RecipeError: it is not spelt like a device, or this machine has no such one.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    available = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{torch.accelerator.device_count() - 1}"
+    if name is None:
+        return found if found is not None and found.type != "mps" else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device {name!r}: not a device; this machine has {available}") from None
+    here = device.type == "cpu" or (
+        found is not None and device.type == found.type and (device.index or 0) < torch.accelerator.device_count()
+    )
+    if not here:
+        raise RecipeError(f"--device {name!r}: not available; this machine has {available}")
+    return device
+

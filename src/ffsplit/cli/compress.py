@@ -1,0 +1,99 @@
+"""``ffsplit compress``: the main job, from a model to a checkpoint that loads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ffsplit.cli import checks, options
+from ffsplit.cli.console import print_json, quiet, say
+from ffsplit.cli.progress import reporting
+from ffsplit.cli.report import compression_document, show_compression
+
+if TYPE_CHECKING:
+    from ffsplit.pipeline.recipe import Recipe
+
+RecipeName = Annotated[str, typer.Option("--recipe", help="A method, a preset, or a .yaml file.", metavar="NAME|FILE")]
+Keep = Annotated[float | None, typer.Option("--keep", help="Budget: share of the FFN parameters that stay.")]
+Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits per FFN weight, all counted.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Keep activations on disk, below this directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of ffsplit.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not reload and compare after saving.")]
+
+
+def compress(
+    model: options.Model,
+    out: options.Out,
+    recipe: RecipeName = "ffsplit",
+    keep: Keep = None,
+    bits: Bits = None,
+    calibration: options.Source = None,
+    field: options.Field = None,
+    samples: options.Samples = None,
+    seq_len: options.SeqLen = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    seed: Seed = None,
+    cache_dir: CacheDir = None,
+    overwrite: Overwrite = False,
+    no_verify: NoVerify = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compress the FFNs of a model and save a checkpoint that transformers loads.
+
+    A killed run goes on where it stopped when the same command is repeated.
+    """
+    checks.check_output(out, overwrite=overwrite)
+    checks.check_budget(keep, bits)
+    checks.check_model_name(model)
+    if cache_dir is not None:
+        checks.check_writable(cache_dir.absolute())
+    weights = checks.torch_dtype(dtype)
+    place = checks.torch_device(device)
+    asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
+    resolved = _recipe(recipe, keep, bits, asked, seed)
+    journal = out.absolute().with_name(f"{out.absolute().name}.ffsplit-journal")
+    with quiet(), reporting() as report, _resumable(journal):
+        from ffsplit.checkpoint.save import save
+        from ffsplit.pipeline.compress import compress as run
+
+        options_of_run = {"device": place, "dtype": weights, "journal": journal, "cache_dir": cache_dir}
+        result = run(model, recipe=resolved, progress=report, **options_of_run)
+        say(f"saving to {out}")
+        saved = save(result, out, verify=not no_verify, overwrite=overwrite)
+        shutil.rmtree(journal, ignore_errors=True)
+    if as_json:
+        print_json(compression_document(result, saved))
+    else:
+        show_compression(result, saved)
+
+
+def _recipe(name: str, keep: float | None, bits: float | None, asked: dict[str, Any], seed: int | None) -> Recipe:
+    """The recipe with the command line's values on top, its text already tried."""
+    from ffsplit.pipeline.recipe import load_recipe
+
+    given = {key: value for key, value in asked.items() if value is not None}
+    recipe = load_recipe(name, keep=keep, bits=bits, calibration=given, seed=seed)
+    checks.check_text(recipe.calibration.source, recipe.calibration.field, "calibration")
+    return recipe
+
+
+@contextmanager
+def _resumable(journal: Path) -> Iterator[None]:
+    """Say what an earlier run left, and after an interruption what this one leaves."""
+    finished = len(list(journal.glob("ffn-*.safetensors")))
+    if finished:
+        say(f"resuming: {finished} FFNs are done already ({journal})")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if journal.is_dir():
+            say(f"finished layers are kept in {journal}: repeat the same command to go on")
+        raise

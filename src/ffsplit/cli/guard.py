@@ -1,0 +1,67 @@
+"""From exceptions to exit codes: 2 for what the user can put right, 130 for an interruption, 1 for a bug."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ffsplit.cli.console import debugging, say
+from ffsplit.errors import FFSplitError
+
+REFUSED, INTERRUPTED = 2, 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class GuardedGroup(TyperGroup):
+    """A group of commands whose failures end in a readable message and the right exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with guarded():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turn deliberate refusals, a full disk and Ctrl-C into ``typer.Exit``; a bug keeps its traceback.
+
+    Raises:
+        typer.Exit: code 2 after a refusal, 130 after an interruption.
+    """
+    try:
+        yield
+    except FFSplitError as error:
+        _refuse(str(error), error)
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if _disk_is_full(error):
+            _refuse(f"no space left on the disk ({error}); free some, or write elsewhere", error)
+        if not _belongs_to_parser(error):
+            error.add_note("ffsplit does not foresee this error: please report it with the lines above.")
+        raise
+
+
+def _refuse(message: str, error: Exception) -> None:
+    if debugging():
+        say("".join(traceback.format_exception(error)))
+    say(f"{typer.style('error:', fg='red', bold=True)} {message}")
+    raise typer.Exit(REFUSED) from None
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether writing failed for lack of space; safetensors has an error of its own for that, without a number."""
+    number = f"os error {errno.ENOSPC}"
+    return (isinstance(error, OSError) and error.errno in _DISK_FULL) or number in str(error)
+
+
+def _belongs_to_parser(error: Exception) -> bool:
+    """Whether the command line's parser raised it, which has its own messages and exit codes."""
+    pipe_closed = isinstance(error, OSError) and error.errno == errno.EPIPE
+    return pipe_closed or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message")

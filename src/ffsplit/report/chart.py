@@ -1,0 +1,163 @@
+"""The page's charts as plain geometry, which the template draws as SVG; colours and fonts are the style sheet's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from ffsplit.report.rows import loss
+from ffsplit.report.scale import Scale, scale_for, tick_label
+
+COLOURS = 6
+_CHARACTER = 6.6
+_LINE_HEIGHT = 14.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A gridline and its number."""
+
+    place: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point; its label lies at ``(label_x, label_y)`` unless there was no room, then it is empty."""
+
+    x: float
+    y: float
+    title: str
+    emphasis: bool
+    reference: bool
+    label: str = ""
+    label_x: float = 0.0
+    label_y: float = 0.0
+    anchor: str = "start"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A polyline ``x,y x,y ...`` in one of the style sheet's colours."""
+
+    points: str
+    colour: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Everything to draw, in pixels of a ``width x height`` view."""
+
+    width: float
+    height: float
+    box: tuple[float, float, float, float]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    x_label: str
+    y_label: str
+    marks: list[Mark]
+    lines: list[Line]
+    front: str = ""
+
+
+def quality_chart(rows: Sequence[Mapping[str, Any]], width: float, height: float) -> Chart | None:
+    """Quality against bytes in memory with the Pareto front; ``None`` unless two rows have both."""
+    shown = [row for row in rows if row["bytes_memory"] and abs(loss(dict(row))) < float("inf")]
+    if len(shown) < 2:
+        return None
+    key, label = _quality(shown[0])
+    box = _box(width, height)
+    x_scale = scale_for([row["bytes_memory"] / 1e6 for row in shown], box[0], box[2])
+    y_scale = scale_for([row[key] for row in shown], box[3], box[1], log=True)
+    places = [(x_scale(row["bytes_memory"] / 1e6), y_scale(row[key])) for row in shown]
+    marks = [
+        Mark(x, y, f"{row['name']}: {row['bytes_memory'] / 1e6:,.1f} MB, {label.lower()} {row[key]:.4g}",
+             bool(row["on_front"]), row is rows[0], str(row["name"]))
+        for row, (x, y) in zip(shown, places, strict=True)
+    ]  # fmt: skip
+    front = sorted(place for row, place in zip(shown, places, strict=True) if row["on_front"])
+    return Chart(
+        width, height, box, _ticks(x_scale, width), _ticks(y_scale, width), "Memory of the loaded model, MB", label,
+        place_labels(marks, box), [], _stairs(front),
+    )  # fmt: skip
+
+
+def error_chart(layers: Mapping[str, Sequence[Mapping[str, Any]]], width: float, height: float) -> Chart | None:
+    """Output error by layer, a line per checkpoint; ``None`` if no checkpoint has two."""
+    errors = {name: [layer["output_error"] for layer in its] for name, its in layers.items()}
+    measured = {name: its for name, its in errors.items() if sum(error is not None for error in its) >= 2}
+    if not measured:
+        return None
+    box = _box(width, height)
+    x_scale = Scale(0.0, max(len(its) for its in measured.values()) - 1.0, box[0] + 8, box[2] - 8)
+    present = [error for its in measured.values() for error in its if error is not None]
+    y_scale = scale_for(present, box[3], box[1], zero=True)
+    lines = [
+        Line(" ".join(f"{x_scale(i):.1f},{y_scale(e):.1f}" for i, e in enumerate(its) if e is not None),
+             number % COLOURS, name)
+        for number, (name, its) in enumerate(measured.items())
+    ]  # fmt: skip
+    x_ticks = [tick for tick in _ticks(x_scale, width) if "." not in tick.label]
+    return Chart(width, height, box, x_ticks, _ticks(y_scale, width), "FFN, in execution order",
+                 "Relative output error", [], lines)  # fmt: skip
+
+
+def place_labels(marks: Sequence[Mark], box: tuple[float, float, float, float]) -> list[Mark]:
+    """Put each label beside its mark where it covers nothing; those on the front choose first. No room: no label."""
+    taken = [(mark.x - 6, mark.y - 6, mark.x + 6, mark.y + 6) for mark in marks]
+    placed: dict[int, Mark] = {}
+    for index in sorted(range(len(marks)), key=lambda i: not marks[i].emphasis):
+        placed[index] = _placed(marks[index], box, taken)
+    return [placed[index] for index in range(len(marks))]
+
+
+def _placed(mark: Mark, box: tuple[float, float, float, float], taken: list[tuple[float, float, float, float]]) -> Mark:
+    size = _CHARACTER * len(mark.label)
+    for dx, dy, anchor in (
+        (9, 4, "start"), (-9, 4, "end"), (0, -10, "middle"), (0, 20, "middle"), (7, -8, "start"), (7, 17, "start"),
+        (-7, -8, "end"), (-7, 17, "end"),
+    ):  # fmt: skip
+        left = mark.x + dx - {"start": 0.0, "middle": size / 2, "end": size}[anchor]
+        bottom = mark.y + dy + 3
+        area = (left, bottom - _LINE_HEIGHT, left + size, bottom)
+        inside = area[0] >= box[0] and area[2] <= box[2] + 8 and area[1] >= box[1] - 8 and area[3] <= box[3]
+        if inside and not any(_overlap(area, other) for other in taken):
+            taken.append(area)
+            return replace(mark, label_x=mark.x + dx, label_y=mark.y + dy, anchor=anchor)
+    return replace(mark, label="")
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _quality(row: Mapping[str, Any]) -> tuple[str, str]:
+    for key, label in (("perplexity", "Perplexity"), ("accuracy", "Accuracy on masked tokens")):
+        if row[key] is not None:
+            return key, label
+    return "cosine", "Cosine to the reference"
+
+
+def _box(width: float, height: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the plotting area."""
+    return 52.0, 14.0, width - 14.0, height - 46.0
+
+
+def _ticks(scale: Scale, width: float) -> list[Tick]:
+    return [Tick(scale(value), tick_label(value)) for value in scale.ticks(4 if width < 500 else 6)]
+
+
+def _stairs(front: Sequence[tuple[float, float]]) -> str:
+    """The border of what the front's points beat, as steps from point to point.
+
+    Each step goes across first: memory grows before the better quality is had.
+    """
+    if len(front) < 2:
+        return ""
+    steps = [front[0]]
+    for (_, before), (x, y) in pairwise(front):
+        steps += [(x, before), (x, y)]
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
