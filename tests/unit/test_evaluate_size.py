@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_helpers import tiny_llama
 from safetensors.torch import save_file
 from torch import nn
 
 from ffsplit.errors import CheckpointError
 from ffsplit.evaluate.size import size_of
+from tests.unit.evaluate_helpers import tiny_llama
 
 
 def test_tied_weights_count_once_and_buffers_count() -> None:

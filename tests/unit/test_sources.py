@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 from ffsplit.calibrate import sources
@@ -220,6 +222,16 @@ def test_text_in_place_of_a_source_is_refused(source: str) -> None:
         load_texts(source)
 
 
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Let a wrong type through to the code's own refusal where the suite runs with a run-time type checker."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.usefixtures("unchecked_types")
 def test_bad_arguments() -> None:
     with pytest.raises(DataError, match=r"texts\[1\] is a int"):
         load_texts(["a", 2])  # type: ignore[list-item]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_helpers import VOCABULARY, build, byte_tokenizer, tiny_llama
 from transformers import AutoModel, BloomConfig
 
 from ffsplit.calibrate import tokens as tokens_module
 from ffsplit.calibrate.tokens import TokenWindows, check_fits, max_positions, tokenize_documents, tokenize_windows
 from ffsplit.errors import DataError
+from tests.unit.evaluate_helpers import VOCABULARY, build, byte_tokenizer, tiny_llama
 
 TOKENIZER = byte_tokenizer()
 

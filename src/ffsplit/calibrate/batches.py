@@ -69,7 +69,11 @@ def make_windows(
         if tokenizer is None:
             raise DataError("text needs a tokenizer; pass one, or pass token ids")
         texts = load_texts(
-            TextSource(source if isinstance(source, str) else tuple(source), field, "evaluation" if split == "evaluation" else "calibration")
+            TextSource(
+                source if isinstance(source, str) else tuple(source),
+                field,
+                "evaluation" if split == "evaluation" else "calibration",
+            )
         )
         cut = tokenize_windows if is_causal(model) else tokenize_documents
         windows = cut(texts, tokenizer, seq_len=seq_len, samples=samples)

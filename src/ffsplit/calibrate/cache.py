@@ -7,18 +7,22 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
 class TensorCache:
-    """Lists of tensors under string keys, kept on the CPU or, with a directory, on disk.
+    """Lists of tensors under string keys, kept in the memory of a device or, with a directory, on disk.
 
-    A directory is created below ``parent`` and removed by :meth:`close`; files are safetensors.
+    Args:
+        parent: a directory of the cache's own is created below it and removed by :meth:`close`; files are safetensors.
+        device: where tensors wait when there is no directory.
     """
 
-    def __init__(self, parent: str | Path | None = None) -> None:
+    def __init__(self, parent: str | Path | None = None, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device("cpu" if parent is not None else device)
         self._memory: dict[str, list[Tensor]] = {}
         self._directory: Path | None = None
         if parent is not None:
@@ -31,7 +35,7 @@ class TensorCache:
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> None:
         """Store a list of tensors, replacing what was there."""
-        kept = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
+        kept = [tensor.detach().to(self._device).contiguous() for tensor in tensors]
         if self._directory is None:
             self._memory[key] = kept
         else:

@@ -2,8 +2,8 @@
 
 With ``r`` the residual stream that an FFN's output is added to, a block gives ``r + FFN(x)``. The dense model gives
 ``r_dense + FFN(x_dense)``; the model with a compressed prefix would give ``r + FFN(x)`` with the same dense FFN. The
-difference of the two block outputs is the correction: a refit whose targets are ``FFN(x) + correction`` pulls the stream
-back to the dense model's.
+difference of the two block outputs is the correction: a refit whose targets are ``FFN(x) + correction`` pulls the
+stream back to the dense model's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.calibrate.replay import BlockReplay, rows_of
 from ffsplit.families.blocks import Block
+
 
 class DriftMeter:
     """A second stream through the model: what the dense model does on the same batches.
@@ -28,9 +29,7 @@ class DriftMeter:
         self.compressed = compressed
         self.cache = cache
         self.share = share
-        self.dense = BlockReplay(
-            compressed.model, compressed.batches, cache, compressed.device, compressed.progress
-        )
+        self.dense = BlockReplay(compressed.model, compressed.batches, cache, compressed.device, compressed.progress)
 
     def corrections(self, block: Block, *, measure: bool) -> Activations | None:
         """Advance the dense stream over a block that is still dense; the corrections for its FFN.
@@ -72,4 +71,3 @@ def adds_its_output(replay: BlockReplay, block: Block) -> bool:
         handle.remove()
     moved = (after - before).float()
     return bool(torch.allclose(moved, step.to(moved).expand_as(moved), atol=1e-2, rtol=1e-2))
-

@@ -30,18 +30,6 @@ class _BlockDoneError(Exception):
     """Leaves the model's forward once the current block has done its work. Never escapes this file."""
 
 
-def move_outside_blocks(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
-    """Move everything that is not inside one of the blocks (embeddings, norms, head) to a device."""
-    inside = {id(module) for block in blocks for module in model.get_submodule(block.path).modules()}
-    for module in model.modules():
-        if id(module) in inside:
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
-
-
 def rows_of(x: Tensor, mask: Bool[Tensor, "batch tokens"] | None) -> Iterator[Tensor]:
     """The unpadded rows of each sequence of a captured FFN input ``[batch, tokens, d]`` (or flattened)."""
     if mask is None or mask.numel() != x.numel() // x.shape[-1]:
@@ -56,7 +44,7 @@ class BlockReplay:
 
     Args:
         model: in eval mode; its blocks may live elsewhere than ``device`` and are moved for their turn.
-        batches: keyword arguments of ``model.forward``; ``attention_mask`` and ``decoder_attention_mask`` are respected.
+        batches: keyword arguments of ``model.forward``; attention masks are respected.
         cache: where activations wait; several streams need caches of their own.
         device: compute device.
     """

@@ -93,7 +93,7 @@ def _opening(base_model: str, stock: bool) -> str:
     title = f"# {name or 'A model'}, feed-forward networks compressed"
     dense = f"`{name}`" if name else _UNNAMED
     needs = "It is a plain transformers checkpoint" if stock else "It loads in transformers once `ffsplit` is imported"
-    return f"{title}\n\n{dense} with smaller feed-forward networks, made by [FFSplit]({_PAPER}). {needs}."
+    return f"{title}\n\n{dense} compressed with `ffsplit` (after [FFSplit]({_PAPER})). {needs}."
 
 
 def _budget_table(report: Mapping[str, Any], plan: Plan) -> str:

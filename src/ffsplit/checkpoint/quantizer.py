@@ -43,7 +43,7 @@ class FFSplitStorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ffns = ffns or []
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format version {version}, this ffsplit reads up to {FORMAT_VERSION}: update ffsplit"
+                f"the checkpoint has format version {version}; this ffsplit reads up to {FORMAT_VERSION}, update it"
             )
 
     def entries(self) -> list[tuple[FFNSite, SumSpec]]:
@@ -89,10 +89,16 @@ def localize(model: PreTrainedModel, site: FFNSite) -> FFNSite:
         CheckpointError: the model has no such module.
     """
     prefix = f"{model.base_model_prefix}."
-    for candidate in (site, site.renamed(lambda path: path.removeprefix(prefix)), site.renamed(lambda path: prefix + path)):
+    for candidate in (
+        site,
+        site.renamed(lambda path: path.removeprefix(prefix)),
+        site.renamed(lambda path: prefix + path),
+    ):
         if _has(model, candidate.down):
             return candidate
-    raise CheckpointError(f"{type(model).__name__} has no module {site.down!r}: the checkpoint is of another architecture")
+    raise CheckpointError(
+        f"{type(model).__name__} has no module {site.down!r}: the checkpoint is of another architecture"
+    )
 
 
 def _has(model: PreTrainedModel, path: str) -> bool:

@@ -123,7 +123,7 @@ def _write(result: CompressionResult, model: PreTrainedModel, kind: Kind, folder
         recipe = yaml.safe_dump(result.recipe.model_dump(mode="json"), sort_keys=False)
         (folder / PLAN_FILE).write_text(result.plan.model_dump_json(indent=1))
         (folder / RECIPE_FILE).write_text(recipe)
-        (folder / REPORT_FILE).write_text(json.dumps(result.report, indent=1, default=str))
+        (folder / REPORT_FILE).write_text(json.dumps(result.report, indent=1, default=str, allow_nan=False))
         base = str(getattr(result.model.config, "_name_or_path", "") or "")
         card = model_card(result.report, result.plan, recipe, base, stock=kind == "stock")
         (folder / "README.md").write_text(card)

@@ -138,17 +138,15 @@ def torch_device(name: str | None) -> torch.device:
     import torch
 
     found = torch.accelerator.current_accelerator(check_available=True)
-    available = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{torch.accelerator.device_count() - 1}"
+    count = torch.accelerator.device_count()
+    available = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{count - 1}"
     if name is None:
         return found if found is not None and found.type != "mps" else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"--device {name!r}: not a device; this machine has {available}") from None
-    here = device.type == "cpu" or (
-        found is not None and device.type == found.type and (device.index or 0) < torch.accelerator.device_count()
-    )
+    here = device.type == "cpu" or (found is not None and device.type == found.type and (device.index or 0) < count)
     if not here:
         raise RecipeError(f"--device {name!r}: not available; this machine has {available}")
     return device
-

@@ -64,8 +64,15 @@ def compress(
         from ffsplit.checkpoint.save import save
         from ffsplit.pipeline.compress import compress as run
 
-        options_of_run = {"device": place, "dtype": weights, "journal": journal, "cache_dir": cache_dir}
-        result = run(model, recipe=resolved, progress=report, **options_of_run)
+        result = run(
+            model,
+            recipe=resolved,
+            device=place,
+            dtype=weights,
+            journal=journal,
+            cache_dir=cache_dir,
+            progress=report,
+        )
         say(f"saving to {out}")
         saved = save(result, out, verify=not no_verify, overwrite=overwrite)
         shutil.rmtree(journal, ignore_errors=True)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
 import typer
@@ -74,14 +75,18 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as advice
 
     verbosity, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
+    bar = gguf.tqdm  # the one bar that does not ask the settings
     advice.set_verbosity_error()
     advice.disable_progress_bar()
+    gguf.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        gguf.tqdm = bar
         advice.set_verbosity(verbosity)
         if bars:
             advice.enable_progress_bar()

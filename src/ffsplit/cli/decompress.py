@@ -38,7 +38,8 @@ def decompress(directory: Compressed, out: options.Out, as_json: options.Json = 
     if as_json:
         print_json({"directory": str(out), "bytes": written, "class": type(model).__name__})
     else:
-        show_facts("Dense checkpoint", [("directory", str(out)), ("class", type(model).__name__), ("size", size(written))])
+        facts = [("directory", str(out)), ("class", type(model).__name__), ("size", size(written))]
+        show_facts("Dense checkpoint", facts)
 
 
 @contextmanager

@@ -51,4 +51,3 @@ def evaluate(
         print_json({"model": model, "against": against, "disk": disk, **evaluation.to_dict()})
     else:
         show_evaluation(evaluation, disk.get(model), disk.get(against) if against is not None else None)
-

@@ -63,4 +63,4 @@ def _sizes(evaluation: Evaluation, disk: Files, dense_disk: Files) -> Iterator[t
     yield "in memory", "" if old is None else size(old.bytes_in_memory), size(new.bytes_in_memory)
     for label, key in (("on disk, weights", "weights"), ("on disk, all files", "all")):
         if disk or dense_disk:
-            yield label, *("" if files is None else size(files[key]) for files in (dense_disk, disk))
+            yield label, size(dense_disk[key]) if dense_disk else "", size(disk[key]) if disk else ""

@@ -43,6 +43,8 @@ def guarded() -> Iterator[None]:
     except Exception as error:
         if _disk_is_full(error):
             _refuse(f"no space left on the disk ({error}); free some, or write elsewhere", error)
+        if type(error).__name__ == "SafetensorError":  # by name: importing safetensors takes longer than printing help
+            _refuse(f"a safetensors file is damaged or cut off: {error}", error)
         if not _belongs_to_parser(error):
             error.add_note("ffsplit does not foresee this error: please report it with the lines above.")
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffsplit.cli import checks, loading, options
@@ -44,7 +45,9 @@ def inspect(
 
 def show_inspection(inspection: Inspection) -> None:
     """The tables of an inspection."""
-    show_facts(f"{inspection.model} ({inspection.model_class})", _coverage(inspection))
+    place = Path(inspection.model)
+    name = place.name if place.exists() else inspection.model
+    show_facts(f"{name} ({inspection.model_class})", _coverage(inspection))
     show(
         "FFNs",
         ("first", "last", "kind", "activation", "count", "d_model", "d_ff"),

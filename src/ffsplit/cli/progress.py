@@ -14,6 +14,7 @@ from ffsplit.cli.console import console, say
 
 Report = Callable[[str, int, int], None]
 LINE_SECONDS = 10.0
+STEPS = ("capture ", "advance ")
 
 
 @contextmanager
@@ -50,8 +51,8 @@ class Bars:
 class Lines:
     """A line at the end of every stage, and at most one in ten seconds in between.
 
-    A label of one word is a stage; one of several (``capture model.layers.3``) is a step inside a stage, and many of
-    those follow each other, so their ends are only worth a line when the last one is long ago.
+    Steps inside a stage (``capture model.layers.3``) follow each other by the dozen, so the end of one is only worth a
+    line when the last line is long ago.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, write: Callable[[str], None] = say) -> None:
@@ -60,7 +61,7 @@ class Lines:
         self._last = clock()
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        stage_ended = done >= total and " " not in label
+        stage_ended = done >= total and not label.startswith(STEPS)
         if not stage_ended and self._clock() - self._last < LINE_SECONDS:
             return
         self._last = self._clock()

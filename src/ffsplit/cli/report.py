@@ -40,7 +40,8 @@ def show_compression(result: CompressionResult, saved: SavedCheckpoint) -> None:
 def dense_bytes(result: CompressionResult) -> int:
     """Bytes of the dense model's weights in the dtype it was worked on in."""
     ffn = sum(planned.dense_shape.parameters for planned in result.plan.ffns)
-    return round(ffn / result.report["coverage"]["ffn_share_of_model"]) * result.model.dtype.itemsize
+    share: float = result.report["coverage"]["ffn_share_of_model"]
+    return round(ffn / share) * int(result.model.dtype.itemsize)
 
 
 def show_layers(layers: Sequence[dict[str, Any]]) -> None:
@@ -57,7 +58,7 @@ def _folded(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     step = -(-len(layers) // LAYER_ROWS) if layers else 1
     for start in range(0, len(layers), step):
         part = layers[start : start + step]
-        errors = [float(layer["output_error"]) for layer in part]
+        errors = [layer["output_error"] for layer in part if layer["output_error"] is not None] or [float("nan")]
         names = part[0]["ffn"] if len(part) == 1 else f"{part[0]['ffn']} ... {part[-1]['ffn']}"
         methods = ", ".join(dict.fromkeys(layer["method"] for layer in part))
         yield names, methods, f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"

@@ -135,7 +135,7 @@ def _mean_states(
     )
     names = ("input_ids", "attention_mask")
     inputs = {name: encoded[name].to(device_of(model)) for name in names}
-    weight = inputs["attention_mask"].unsqueeze(-1).float()
     states = last_states(model, inputs).float()
+    weight = inputs["attention_mask"].unsqueeze(-1).to(states)
     mean: Tensor = (states * weight).sum(1) / weight.sum(1).clamp_min(1.0)
     return mean.cpu()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ffsplit.errors import ModelError
+from ffsplit.errors import CannotRunError
 from ffsplit.families.inputs import candidate_inputs
 from ffsplit.families.skeleton import skeleton
 
@@ -50,7 +50,7 @@ def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs |
         watchers = _drive(model, "", watch, inputs, failures)
     if not watchers:
         place = " on the meta device (without weights)" if model.device.type == "meta" else ""
-        raise ModelError(
+        raise CannotRunError(
             f"{type(model).__name__} could not be run{place} on made-up inputs, so its FFNs cannot be found; "
             f"pass inputs=... with keyword arguments that its forward accepts. Tried:\n  "
             + ("\n  ".join(failures) or "nothing, it takes none of the usual inputs")
@@ -74,7 +74,7 @@ def _drive(
         break
     else:
         found, missed = {}, _sub_models(model, path)
-    if inputs is None:
+    if inputs is None or found:
         for name, sub in missed.items():
             found |= _drive(sub, name, watch, None, failures)
     return found

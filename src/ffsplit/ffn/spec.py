@@ -49,7 +49,7 @@ class LowRankSpec(_Spec):
 
 
 class PackedSpec(_Spec):
-    """Integer codes of ``bits`` bits in groups along the input dimension, each group with a float16 scale and a zero."""
+    """Codes of ``bits`` bits in groups along the input dimension, each group with a float16 scale and a zero."""
 
     kind: Literal["packed"] = "packed"
     shape: tuple[int, int]

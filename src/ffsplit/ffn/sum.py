@@ -21,6 +21,9 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 class Branch(nn.Module):
     """A smaller FFN over some of the neurons, each projection in its own storage."""
 
+    up_bias: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+
     def __init__(
         self,
         act: nn.Module,
@@ -69,6 +72,8 @@ class SumFFN(nn.Module):
 
     The branches are stored heavy first. An empty sum is a dropped FFN: it returns zeros (plus the bias, if any).
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -53,8 +55,8 @@ class FFNWeights:
         """The neurons' activations h, the input of ``down``."""
         up = linear(x, self.up, self.up_bias)
         if self.gate is None:
-            return self.act(up)
-        return self.act(linear(x, self.gate, self.gate_bias)) * up
+            return self.act(up)  # type: ignore[no-any-return]
+        return self.act(linear(x, self.gate, self.gate_bias)) * up  # type: ignore[no-any-return]
 
     def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         return linear(self.hidden(x), self.down, self.down_bias)
@@ -70,6 +72,7 @@ class FFNWeights:
             gate_bias=None if self.gate_bias is None else self.gate_bias[neurons],
         )
 
-    def map(self, function) -> FFNWeights:  # type: ignore[no-untyped-def]
+    def map(self, function: Callable[[Tensor], Tensor]) -> FFNWeights:
         """The same FFN with ``function`` applied to every tensor (a cast or a move)."""
-        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)

@@ -25,7 +25,7 @@ def dequantize(
     Args:
         packed: codes, packed by :func:`ffsplit.ops.packing.pack`.
         scale_bits: float16 scales as int16 bit patterns, so that casting a model never rounds them.
-        packed_zero: zeros of all rows and groups, packed as one row, or None for the symmetric grid around ``2 ** (bits - 1)``.
+        packed_zero: zeros of all rows and groups, packed as one row; None is a symmetric grid at ``2 ** (bits - 1)``.
         bits: bits per code.
         group: consecutive input columns that share a scale; the last group may be short.
         columns: input columns.
@@ -56,7 +56,5 @@ def packed_linear(
     group: int,
 ) -> Float[Tensor, "*tokens out"]:
     """``x W^T`` for a packed ``W``; gradients flow to ``x``."""
-    weight = dequantize(
-        packed, scale_bits, packed_zero, bits=bits, group=group, columns=x.shape[-1], dtype=x.dtype
-    )
+    weight = dequantize(packed, scale_bits, packed_zero, bits=bits, group=group, columns=x.shape[-1], dtype=x.dtype)
     return linear(x, weight)

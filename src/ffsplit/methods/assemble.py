@@ -20,7 +20,7 @@ from ffsplit.ffn.spec import BranchSpec, DenseSpec, SumSpec
 from ffsplit.ffn.storage import Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ffn.weights import FFNWeights
-from ffsplit.methods.compressors import DATA_FREE, How, compress
+from ffsplit.methods.compressors import DATA_FREE, How, compress, compress_together
 from ffsplit.ops.least_squares import refit_down
 from ffsplit.ops.linalg import diagonal_scale, solve_psd
 
@@ -35,6 +35,7 @@ class Part:
     neurons: Int[Tensor, " neurons"]
     spec: BranchSpec
     how: How
+    polish: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,10 @@ def _draft(data: LayerData, part: Part) -> Branch:
     ffn, spec, dtype = data.ffn.take(part.neurons), part.spec, data.ffn.up.dtype
     inner_is_dense = isinstance(spec.up, DenseSpec)
     gram = None if inner_is_dense or part.how in DATA_FREE else data.statistics.input_gram
-    gate = None
-    if ffn.gate is not None and spec.gate is not None:
-        gate = compress(ffn.gate, spec.gate, part.how, gram, dtype)
-    return Branch(
-        ffn.act,
-        compress(ffn.up, spec.up, part.how, gram, dtype),
-        compress(ffn.down, DenseSpec(shape=spec.down.shape), part.how, None, dtype),
-        gate,
-        ffn.up_bias,
-        ffn.gate_bias,
-    )
+    inner = [ffn.up] if ffn.gate is None else [ffn.up, ffn.gate]
+    up, *gate = compress_together(inner, spec.up, part.how, gram, dtype, part.polish)
+    down = compress(ffn.down, DenseSpec(shape=spec.down.shape), part.how, None, dtype)
+    return Branch(ffn.act, up, down, gate[0] if gate else None, ffn.up_bias, ffn.gate_bias)
 
 
 def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
@@ -97,7 +91,7 @@ def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
         if not isinstance(part.spec.down, DenseSpec) and part.how not in DATA_FREE:
             gram = data.statistics.hidden_gram[part.neurons][:, part.neurons]
         weight = data.ffn.down[:, part.neurons]
-        downs.append(compress(weight, part.spec.down, part.how, gram, data.ffn.up.dtype))
+        downs.append(compress(weight, part.spec.down, part.how, gram, data.ffn.up.dtype, part.polish))
     return downs
 
 
@@ -113,12 +107,12 @@ def _refit_downs(
     segments: list[Segment] = []
     priors: list[Tensor] = []
 
-    def add(columns: int, prior: Tensor, structure: object, how: How) -> None:
+    def add(columns: int, prior: Tensor, structure: object, how: How, polish: int = 0) -> None:
         start = segments[-1].columns.stop if segments else 0
         segments.append(
             Segment(
                 slice(start, start + columns),
-                lambda weight, gram: compress(weight, structure, how, gram, dtype),  # type: ignore[arg-type]
+                lambda weight, gram: compress(weight, structure, how, gram, dtype, polish),  # type: ignore[arg-type]
             )
         )
         priors.append(prior)
@@ -126,7 +120,7 @@ def _refit_downs(
     if spec.bias:
         add(1, ffn.down.new_zeros(ffn.d_model, 1), DenseSpec(shape=(ffn.d_model, 1)), "svd")
     for part in parts:
-        add(len(part.neurons), ffn.down[:, part.neurons], part.spec.down, part.how)
+        add(len(part.neurons), ffn.down[:, part.neurons], part.spec.down, part.how, part.polish)
     if linear_rank is not None:
         add(ffn.d_model, ffn.down.new_zeros(ffn.d_model, ffn.d_model), spec.linear, "whitened")
 

@@ -46,6 +46,7 @@ class FFSplitConfig(MethodConfig):
             linear map of the input), ``gptq`` or ``rtn`` (low bit).
         rest_bits: bits of the rest's codes; None takes the widest that fit.
         group: consecutive inputs that share a scale; the heavy count is a multiple of it.
+        polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down`, the heavy part absorbing the error of the rest. The paper has none.
         ridge: pull of that fit to the old weights.
 
@@ -63,13 +64,16 @@ class FFSplitConfig(MethodConfig):
     rest_bits: int | None = Field(None, ge=2, le=8)
     group: int = Field(64, ge=8)
     symmetric: bool = False
+    polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-3, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> FFSplitConfig:
         if (self.keep is None) == (self.bits is None):
-            raise ValueError("give exactly one budget: keep (the rest becomes low rank) or bits (the rest gets few bits)")
+            raise ValueError(
+                "give exactly one budget: keep (the rest becomes low rank) or bits (the rest gets few bits)"
+            )
         low_bit = self.compressor in LOW_BIT
         if low_bit != (self.bits is not None):
             raise ValueError(
@@ -134,8 +138,8 @@ def _linear_structure(shape: FFNShape, config: FFSplitConfig, budget: int) -> Su
     if rank < 1:
         smallest = (heavy * shape.neuron_parameters + 2 * shape.d_model) / shape.parameters
         raise BudgetError(
-            f"keep={config.keep} leaves nothing for the linear map beside {heavy} heavy neurons; the smallest reachable "
-            f"keep is {smallest:.4f} (or lower `heavy`)"
+            f"keep={config.keep} leaves nothing for the linear map beside {heavy} heavy neurons; the smallest "
+            f"reachable keep is {smallest:.4f} (or lower `heavy`)"
         )
     return sum_spec(shape, [dense_branch_spec(shape, heavy)], bias=shape.down_bias, linear_rank=rank)
 
@@ -193,7 +197,7 @@ def ffsplit(data: LayerData, config: FFSplitConfig) -> SumFFN:
     how: How = "whitened" if config.compressor == "linear" else config.compressor
     parts, start = [], 0
     for branch in spec.branches:
-        parts.append(Part(order[start : start + branch.neurons], branch, how))
+        parts.append(Part(order[start : start + branch.neurons], branch, how, config.polish))
         start += branch.neurons
     linear_rank = spec.linear.rank if spec.linear is not None and spec.linear.kind == "low_rank" else None
     return fit_parts(data, parts, spec, refit=config.refit, ridge=config.ridge, linear_rank=linear_rank)

@@ -27,6 +27,7 @@ class QuantizeConfig(MethodConfig):
         rounding: ``gptq`` or ``rtn``.
         group: consecutive inputs that share a scale.
         symmetric: no zero points.
+        polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down` on the quantised activations before it is quantised itself.
         ridge: pull of that fit to the old weights.
     """
@@ -37,6 +38,7 @@ class QuantizeConfig(MethodConfig):
     rounding: RoundHow = "gptq"
     group: int = Field(64, ge=8)
     symmetric: bool = False
+    polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-2, ge=0)
 
@@ -88,5 +90,5 @@ def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
     """Up and gate first, then `down` on the activations that they really give."""
     spec = structure(FFNShape.of(data.ffn), config)
     neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
-    part = Part(neurons, spec.branches[0], config.rounding)
+    part = Part(neurons, spec.branches[0], config.rounding, config.polish)
     return fit_parts(data, [part], spec, refit=config.refit and config.needs_data, ridge=config.ridge)

@@ -5,31 +5,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ffsplit.calibrate.batches import Batches, CalibrationInput, make_batches
+from ffsplit.calibrate.batches import CalibrationInput, make_batches
 from ffsplit.calibrate.cache import Activations, TensorCache
+from ffsplit.calibrate.devices import visiting
 from ffsplit.calibrate.drift import DriftMeter
 from ffsplit.calibrate.layer import LayerData
-from ffsplit.calibrate.replay import BlockReplay, move_outside_blocks
-from ffsplit.errors import ModelError
+from ffsplit.calibrate.replay import BlockReplay
+from ffsplit.calibrate.tokens import max_positions
+from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, FFNSite, check_finite, find_ffns, read, replace, verify
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.methods.registry import MethodConfig, get_method
+from ffsplit.methods.registry import get_method
+from ffsplit.pipeline.job import Job, linear_parameters, make_report
 from ffsplit.pipeline.journal import Journal
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.plan import Plan, make_plan
 from ffsplit.pipeline.recipe import Recipe, load_recipe
 from ffsplit.pipeline.result import CompressionResult
-from ffsplit.provenance import hash_model, provenance
+from ffsplit.provenance import hash_model
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -87,19 +89,32 @@ def compress(
         model, tokenizer = _load(str(model), tokenizer, resolved, dtype)
     source = calibration if calibration is not None else resolved.calibration.source
     where = torch.device(device) if device is not None else default_device()
-    with evaluating(model), TensorCache(cache_dir) as cache, TensorCache(cache_dir) as drift_cache:
+    with evaluating(model):
         job = _prepare(model, tokenizer, resolved, source, where, progress)
         started = time.perf_counter()
         log = Journal(journal, job.identity()) if journal is not None else None
-        _run(job, cache, drift_cache, log)
+        home = cache_home(where, job.data.tokens, job.found.sites[0].d_model)
+        with TensorCache(cache_dir, home) as cache, TensorCache(cache_dir, home) as drift_cache:
+            _run(job, cache, drift_cache, log)
         seconds = time.perf_counter() - started
-    return CompressionResult(model, job.plan, resolved, _report(job, seconds), tokenizer)
+    resolved = _with_data(resolved, job.data, named=isinstance(source, str))
+    return CompressionResult(model, job.plan, resolved, make_report(job, seconds), tokenizer)
 
 
 def default_device() -> torch.device:
     """The accelerator of this machine, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None and found.type != "mps" else torch.device("cpu")
+
+
+def cache_home(device: torch.device, tokens: int, d_model: int) -> torch.device:
+    """Where activations wait: on the accelerator when they take a small part of its free memory, else on the CPU."""
+    if device.type == "cpu":
+        return device
+    # Inputs, outputs and drift of one layer, for two streams, in float32.
+    needed = 6 * tokens * d_model * 4
+    free, _ = torch.accelerator.get_memory_info(device)
+    return device if needed < free / 4 else torch.device("cpu")
 
 
 @contextmanager
@@ -124,10 +139,8 @@ def _load(name: str, tokenizer: Any | None, recipe: Recipe, dtype: torch.dtype |
     try:
         skeleton = source.skeleton()
         found = find_ffns(skeleton)
-    except ModelError:
-        raise
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        # Some models cannot run on the meta device; they are looked at again once their weights are there.
+    except CannotRunError as error:
+        # Some models need real weights to run; they are looked at again once these are there.
         logger.info("%s could not be traced without weights: %s", name, error)
     else:
         plan_for(skeleton, found, recipe)
@@ -148,32 +161,6 @@ def refuse_compressed(config: Any, name: str) -> None:
     raise ModelError(f"{name} is already compressed (quant_method={kind}); {hint}")
 
 
-@dataclass
-class _Job:
-    """One compression under way."""
-
-    model: PreTrainedModel
-    found: FFNs
-    recipe: Recipe
-    plan: Plan
-    configs: list[MethodConfig | None]
-    data: Batches
-    device: torch.device
-    progress: Progress | None
-    model_sha256: str
-    notes: list[dict[str, Any]] = field(default_factory=list)
-
-    def identity(self) -> dict[str, Any]:
-        """What an interrupted run and its continuation must share."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "model": self.model_sha256,
-            "data": self.data.sha256,
-            "dtype": str(self.model.dtype),
-            "plan": self.plan.model_dump(mode="json")["ffns"],
-        }
-
-
 def plan_for(model: PreTrainedModel, found: FFNs, recipe: Recipe) -> Plan:
     """The plan of a recipe for the FFNs that were found. Works on the meta device."""
     shapes = [FFNShape.of(read(model, site)) for site in found.sites]
@@ -187,7 +174,7 @@ def _prepare(
     source: CalibrationInput,
     device: torch.device,
     progress: Progress | None,
-) -> _Job:
+) -> Job:
     """Everything that can refuse the input, before the long work."""
     refuse_compressed(model.config, type(model).__name__)
     found = find_ffns(model)
@@ -200,32 +187,45 @@ def _prepare(
         tokenizer,
         source,
         field=wanted.field,
-        seq_len=wanted.seq_len,
+        seq_len=_seq_len(model, recipe),
         samples=wanted.samples,
         batch_size=wanted.batch_size,
     )
     configs = recipe.methods_for(len(found.sites))
-    return _Job(model, found, recipe, plan, configs, data, device, progress, hash_model(model))
+    return Job(model, found, recipe, plan, configs, data, device, progress, hash_model(model), linear_parameters(model))
 
 
-def _run(job: _Job, cache: TensorCache, drift_cache: TensorCache, log: Journal | None) -> None:
+def _with_data(recipe: Recipe, data: Batches, *, named: bool) -> Recipe:
+    """The recipe with the calibration data as it really was: what is stored must not claim another run."""
+    facts: dict[str, Any] = {"samples": data.samples} if named else {"source": data.name, "samples": data.samples}
+    if data.windows is not None:
+        facts["seq_len"] = data.windows.seq_len
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=facts)})
+
+
+def _seq_len(model: PreTrainedModel, recipe: Recipe) -> int:
+    """The window length: what was asked for, or the default as far as the model's positions reach."""
+    wanted, limit = recipe.calibration.seq_len, max_positions(model)
+    if limit is None or "seq_len" in recipe.calibration.model_fields_set:
+        return wanted
+    return min(wanted, limit)
+
+
+def _run(job: Job, cache: TensorCache, drift_cache: TensorCache, log: Journal | None) -> None:
     """Block by block: capture the inputs, fit, replace, go on with what the compressed block gives."""
     replay = BlockReplay(job.model, job.data.batches, cache, job.device, job.progress)
     index_of = {site.name: index for index, site in enumerate(job.found.sites)}
-    drift = DriftMeter(replay, drift_cache) if job.recipe.targets == "dense" and job.recipe.propagate else None
-    homes = _home_devices(job.model)
-    move_outside_blocks(job.model, job.found.blocks, job.device)
-    try:
+    repair = job.recipe.drift if job.recipe.propagate else 0.0
+    drift = DriftMeter(replay, drift_cache, repair) if repair else None
+    with visiting(job.model, job.found.blocks, job.device):
         for number, block in enumerate(job.found.blocks):
             _run_block(job, replay, drift, log, block, index_of)
             if job.progress is not None:
                 job.progress("fit", number + 1, len(job.found.blocks))
-    finally:
-        _go_home(job.model, homes)
 
 
 def _run_block(
-    job: _Job,
+    job: Job,
     replay: BlockReplay,
     drift: DriftMeter | None,
     log: Journal | None,
@@ -257,7 +257,7 @@ def _run_block(
 
 
 def _fit(
-    job: _Job, site: FFNSite, index: int, inputs: Activations, corrections: Activations | None
+    job: Job, site: FFNSite, index: int, inputs: Activations, corrections: Activations | None
 ) -> tuple[SumFFN, dict[str, Any]]:
     """One FFN: its compressed form in the model's dtype, and what the report says about it."""
     config = job.configs[index]
@@ -285,8 +285,8 @@ def _fit(
     return module.to(_weight_dtype(job.model, site)), notes
 
 
-def relative_error(data: LayerData, module: SumFFN, chunks: int = 8) -> float:
-    """``||FFN(x) - sum(x)|| / ||FFN(x)||`` over the first chunks of the calibration inputs; NaN without inputs."""
+def relative_error(data: LayerData, module: SumFFN, chunks: int = 8) -> float | None:
+    """``||FFN(x) - sum(x)|| / ||FFN(x)||`` over the first chunks of the calibration inputs; None without inputs."""
     difference = total = 0.0
     for number, chunk in enumerate(data.inputs):
         if number == chunks:
@@ -295,70 +295,14 @@ def relative_error(data: LayerData, module: SumFFN, chunks: int = 8) -> float:
         wanted = data.ffn(x)
         difference += float((wanted - module(x)).double().square().sum())
         total += float(wanted.double().square().sum())
-    return (difference / total) ** 0.5 if total else float("nan")
+    return (difference / total) ** 0.5 if total else None
 
 
 def _weight_dtype(model: PreTrainedModel, site: FFNSite) -> torch.dtype:
-    return next(model.get_submodule(site.down).parameters()).dtype
+    dtype: torch.dtype = next(model.get_submodule(site.down).parameters()).dtype
+    return dtype
 
 
 def _weight_device(model: PreTrainedModel, site: FFNSite) -> torch.device:
-    return next(model.get_submodule(site.down).parameters()).device
-
-
-def _home_devices(model: PreTrainedModel) -> dict[str, torch.device]:
-    return {name: parameter.device for name, parameter in model.named_parameters()}
-
-
-def _go_home(model: PreTrainedModel, homes: dict[str, torch.device]) -> None:
-    """Bring what the run moved back; replaced FFNs follow the model's first parameter."""
-    default = next(iter(homes.values()))
-    with ExitStack():
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(default)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(homes.get(name, default))
-
-
-def _report(job: _Job, seconds: float) -> dict[str, Any]:
-    """The figures of a run, as plain values."""
-    coverage = job.found.coverage
-    linear = _linear_parameters(job)
-    dense = sum(ffn.dense_shape.parameters for ffn in job.plan.ffns)
-    kept = sum(ffn.spec.parameters for ffn in job.plan.ffns)
-    return {
-        "coverage": {
-            "ffns": len(job.found.sites),
-            "covered_share_of_ffn": coverage.covered_share_of_ffn,
-            "ffn_share_of_model": coverage.ffn_share_of_model,
-            "uncovered_notes": list(coverage.notes),
-        },
-        "budget": {
-            "keep_ffn": kept / dense,
-            "keep_linear": (linear - dense + kept) / linear,
-            "keep_model": (coverage.model_parameters - dense + kept) / coverage.model_parameters,
-            "bits_ffn": job.plan.bits,
-        },
-        "calibration": job.data.describe(),
-        "layers": job.notes,
-        "seconds": round(seconds, 1),
-        "provenance": provenance(
-            seed=job.recipe.seed, data={"calibration": job.data.sha256}
-        ) | {"model_sha256": job.model_sha256},
-    }
-
-
-def _linear_parameters(job: _Job) -> int:
-    """Parameters of all linear layers of the dense model, output head and embeddings not counted."""
-    head = job.model.get_output_embeddings()
-    total = 0
-    for name, module in job.model.named_modules():
-        if module is head or not isinstance(module, torch.nn.Linear) or _inside_replaced(job, name):
-            continue
-        total += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    return total + sum(ffn.dense_shape.parameters for ffn in job.plan.ffns)
-
-
-def _inside_replaced(job: _Job, name: str) -> bool:
-    return any(name == site.name or name.startswith(f"{site.name}.") for site in job.found.sites)
+    device: torch.device = next(model.get_submodule(site.down).parameters()).device
+    return device

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ffsplit.families import Block, FFNs, FFNSite, read
+from ffsplit.families import Block, FFNs, read
 from ffsplit.ffn.shape import FFNShape
 
 WIDE = 8
 """Bytes of a float64, which statistics and fits use."""
-COMMON_BUDGETS = (("keep 0.75", "keep", 0.75), ("keep 0.5", "keep", 0.5), ("4 bits", "bits", 4.0), ("3 bits", "bits", 3.0))
+COMMON_BUDGETS: dict[str, dict[str, float]] = {
+    "keep 0.75": {"keep": 0.75},
+    "keep 0.5": {"keep": 0.5},
+    "4 bits": {"bits": 4.0},
+    "3 bits": {"bits": 3.0},
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def footprint(model: nn.Module, found: FFNs, *, itemsize: int, samples: int, seq
     shapes = [FFNShape.of(read(model, site)) for site in found.sites]
     model_bytes = found.coverage.model_parameters * itemsize
     statistics = max(map(statistics_bytes, shapes))
-    cache = samples * seq_len * itemsize * cached_width(found.blocks)
+    cache = samples * seq_len * itemsize * cached_width(found)
     fit = max(_fit_bytes(shape, seq_len) for shape in shapes)
     return Footprint(
         samples=samples,
@@ -65,7 +70,7 @@ def footprint(model: nn.Module, found: FFNs, *, itemsize: int, samples: int, seq
         fit_bytes=fit,
         peak_bytes=model_bytes + statistics + cache + fit,
         disk_bytes={
-            label: disk_bytes(shapes, model_bytes, itemsize, **{kind: value}) for label, kind, value in COMMON_BUDGETS
+            label: disk_bytes(shapes, model_bytes, itemsize, **budget) for label, budget in COMMON_BUDGETS.items()
         },
     )
 
@@ -75,14 +80,17 @@ def statistics_bytes(shape: FFNShape) -> int:
     return WIDE * (shape.d_model**2 + shape.d_model + shape.d_ff**2 + 4 * shape.d_ff + 2)
 
 
-def cached_width(blocks: Sequence[Block]) -> int:
-    """Numbers that the activation cache holds for a token: one stream per layer list and one block's FFN inputs."""
+def cached_width(found: FFNs) -> int:
+    """Numbers that the activation cache holds for a token: one stream per layer list and one block's FFN inputs.
 
-    def width(sites: Sequence[FFNSite]) -> int:
-        return sum(site.d_model for site in sites)
+    What some blocks hand on beside the hidden states (T5's position biases) is not counted.
+    """
 
-    streams = {block.list_path: block.sites[0].d_model for block in blocks if block.path}
-    return sum(streams.values()) + max(width(block.sites) for block in blocks)
+    def inputs(block: Block) -> int:
+        return sum(site.d_model * found.calls[site.name] for site in block.sites)
+
+    streams = {block.list_path: block.sites[0].d_model for block in found.blocks if block.path}
+    return sum(streams.values()) + max(map(inputs, found.blocks))
 
 
 def disk_bytes(

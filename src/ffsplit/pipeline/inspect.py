@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ffsplit.calibrate.batches import Batches, make_batches
 from ffsplit.calibrate.cache import TensorCache
-from ffsplit.calibrate.replay import BlockReplay, move_outside_blocks
+from ffsplit.calibrate.devices import visiting
+from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.calibrate.statistics import FFNStatistics, collect
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.errors import ModelError
@@ -28,6 +29,7 @@ from ffsplit.pipeline.recipe import Calibration
 Progress = Callable[[str, int, int], None]
 RUN_SAMPLES, RUN_SEQ_LEN = 8, 512
 HEAVY_SHARE = 0.03
+DEFAULT = Calibration.model_validate({})
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def inspect(
         looked_at,
         found,
         itemsize=_itemsize(source),
-        samples=samples or Calibration().samples,
-        seq_len=_limited(looked_at, seq_len or Calibration().seq_len),
+        samples=samples or DEFAULT.samples,
+        seq_len=_limited(looked_at, seq_len or DEFAULT.seq_len),
     )
     tokenizer = source.tokenizer()
     not_run = _why_not(looked_at, tokenizer)
@@ -177,14 +179,14 @@ def inspect(
 def concentrations(
     model: PreTrainedModel, found: FFNs, data: Batches, device: torch.device, progress: Progress | None = None
 ) -> tuple[Concentration, ...]:
-    """Measure every FFN of the dense model, one block on the device at a time. The model may end up on the device."""
+    """Measure every FFN of the dense model, one block on the device at a time."""
     measured: list[Concentration] = []
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         cache = stack.enter_context(TensorCache())
         replay = BlockReplay(model, data.batches, cache, device, progress)
-        move_outside_blocks(model, found.blocks, device)
+        stack.enter_context(visiting(model, found.blocks, device))
         for number, block in enumerate(found.blocks):
             inputs = replay.capture(block)
             for site in block.sites:

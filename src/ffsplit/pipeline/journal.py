@@ -52,8 +52,8 @@ class Journal:
             if found != identity:
                 differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
                 raise ResumeError(
-                    f"{self.directory} belongs to a run with other {', '.join(differing)}; remove it to start afresh, or "
-                    "repeat the interrupted command"
+                    f"{self.directory} belongs to a run with other {', '.join(differing)}; remove it to start afresh, "
+                    "or repeat the interrupted command"
                 )
         else:
             _write_whole(file, json.dumps(identity, indent=1).encode())

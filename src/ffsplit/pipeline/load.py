@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ffsplit.errors import ModelError
@@ -68,7 +69,7 @@ class Source:
             model, info = self.model_class.from_pretrained(
                 self.location, dtype=wanted, output_loading_info=True, **self._options
             )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(f"{self.name}: transformers could not load the weights: {error}") from error
         _refuse_missing(self.name, model, info.get("missing_keys", ()))
         if self.gguf_file is not None:
@@ -102,7 +103,9 @@ def open_source(name: str) -> Source:
         if not path.is_file():
             raise ModelError(f"{name}: no such GGUF file")
         if path.suffix != ".gguf":
-            raise ModelError(f"{name}: a model is a hub id, a folder or a .gguf file, not a {path.suffix or 'plain'} file")
+            raise ModelError(
+                f"{name}: a model is a hub id, a folder or a .gguf file, not a {path.suffix or 'plain'} file"
+            )
         location, gguf_file = str(path.parent), path.name
     elif path.is_dir():
         if not (path / "config.json").is_file():
@@ -127,4 +130,6 @@ def _refuse_missing(name: str, model: PreTrainedModel, missing: Any) -> None:
     base = model.base_model_prefix
     inside = sorted(key for key in missing if key.startswith(f"{base}.") and "pooler" not in key)
     if inside:
-        raise ModelError(f"{name}: the checkpoint lacks weights of the model's body, first {inside[0]!r}; refusing to go on")
+        raise ModelError(
+            f"{name}: the checkpoint lacks weights of the model's body, first {inside[0]!r}; refusing to go on"
+        )

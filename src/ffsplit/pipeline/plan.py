@@ -51,9 +51,7 @@ class Plan(BaseModel):
         return sum(ffn.spec.stored_bits() for ffn in self.ffns) / sum(ffn.dense_shape.weights for ffn in self.ffns)
 
 
-def make_plan(
-    sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Sequence[MethodConfig | None]
-) -> Plan:
+def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Sequence[MethodConfig | None]) -> Plan:
     """Decide the structure of every FFN.
 
     Raises:

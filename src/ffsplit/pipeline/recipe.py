@@ -55,13 +55,13 @@ class Calibration(_Block):
 
     source: str = "builtin"
     field: str | None = None
-    samples: int = Field(48, ge=1)
-    seq_len: int = Field(2048, ge=2)
-    batch_size: int = Field(1, ge=1)
+    samples: int = Field(default=48, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    batch_size: int = Field(default=1, ge=1)
 
 
 class Override(_Block):
-    """Another method for some of the FFNs: indices in execution order, such as ``0-3,29`` or ``-1``; or None to leave them."""
+    """Another method (or None: leave them) for some of the FFNs, by index in execution order: ``0-3,29`` or ``-1``."""
 
     ffns: str
     method: MethodField | None
@@ -80,8 +80,8 @@ class Recipe(_Block):
         overrides: the last one that names an FFN wins.
         calibration: text and amount.
         propagate: fit each layer on the inputs that the already compressed ones give it.
-        targets: ``layer``: each compressed FFN imitates its dense one on the inputs that it gets; ``dense``: it also
-            repairs what the compressed layers before it changed, so that the residual stream follows the dense model's.
+        drift: share, 0 to 1, of the residual stream's drift from the dense model that each refit also tries to repair;
+            at 0 a compressed FFN only imitates its dense one on the inputs that it gets.
         seed: of everything random.
     """
 
@@ -90,7 +90,7 @@ class Recipe(_Block):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     propagate: bool = True
-    targets: Literal["layer", "dense"] = "layer"
+    drift: float = Field(0.0, ge=0, le=1)
     seed: int = 0
 
     def methods_for(self, count: int) -> list[MethodConfig | None]:
@@ -122,7 +122,9 @@ def parse_indices(text: str, count: int) -> list[int]:
             indices.append(start)
     for index in indices:
         if not -count <= index < count:
-            raise RecipeError(f"ffns={text!r}: index {index} is out of range; the model has {count} FFNs (0 to {count - 1})")
+            raise RecipeError(
+                f"ffns={text!r}: index {index} is out of range; the model has {count} FFNs (0 to {count - 1})"
+            )
     return [index % count for index in indices]
 
 

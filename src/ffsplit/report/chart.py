@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from ffsplit.report.rows import loss
-from ffsplit.report.scale import Scale, scale_for, tick_label
+from ffsplit.report.scale import Scale, scale_for, tick_labels
 
 COLOURS = 6
 _CHARACTER = 6.6
 _LINE_HEIGHT = 14.0
+_ROOM_FOR_NAMES = 700.0
+_WRECKED = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ class Mark:
     y: float
     title: str
     emphasis: bool
-    reference: bool
     label: str = ""
     label_x: float = 0.0
     label_y: float = 0.0
@@ -40,11 +42,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A polyline ``x,y x,y ...`` in one of the style sheet's colours."""
+    """A polyline ``x,y x,y ...`` in one of the style sheet's colours, with its name at height ``label_y`` behind it."""
 
     points: str
     colour: int
     name: str
+    label_y: float
 
 
 @dataclass(frozen=True)
@@ -58,51 +61,78 @@ class Chart:
     y_ticks: list[Tick]
     x_label: str
     y_label: str
-    marks: list[Mark]
-    lines: list[Line]
+    marks: list[Mark] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     front: str = ""
+    missing: list[str] = field(default_factory=list)
 
 
 def quality_chart(rows: Sequence[Mapping[str, Any]], width: float, height: float) -> Chart | None:
-    """Quality against bytes in memory with the Pareto front; ``None`` unless two rows have both."""
-    shown = [row for row in rows if row["bytes_memory"] and abs(loss(dict(row))) < float("inf")]
-    if len(shown) < 2:
+    """Quality against bytes in memory with the Pareto front; ``None`` unless two rows have both.
+
+    Perplexities beyond ten times the best one would flatten all others; they are left out and named in ``missing``.
+    """
+    rated = [row for row in rows if row["bytes_memory"] and math.isfinite(loss(row))]
+    if len(rated) < 2:
         return None
-    key, label = _quality(shown[0])
-    box = _box(width, height)
+    key, label = _quality(rated[0])
+    limit = _WRECKED * min(loss(row) for row in rated) if key == "perplexity" else math.inf
+    shown = [row for row in rated if loss(row) <= limit]
+    missing = [str(row["name"]) for row in rows if row not in shown]
+    box = (52.0, 14.0, width - 14.0, height - 46.0)
     x_scale = scale_for([row["bytes_memory"] / 1e6 for row in shown], box[0], box[2])
     y_scale = scale_for([row[key] for row in shown], box[3], box[1], log=True)
-    places = [(x_scale(row["bytes_memory"] / 1e6), y_scale(row[key])) for row in shown]
-    marks = [
-        Mark(x, y, f"{row['name']}: {row['bytes_memory'] / 1e6:,.1f} MB, {label.lower()} {row[key]:.4g}",
-             bool(row["on_front"]), row is rows[0], str(row["name"]))
-        for row, (x, y) in zip(shown, places, strict=True)
-    ]  # fmt: skip
-    front = sorted(place for row, place in zip(shown, places, strict=True) if row["on_front"])
+    marks = [_mark(row, key, x_scale, y_scale) for row in shown]
+    front = sorted((mark.x, mark.y) for mark in marks if mark.emphasis)
+    x_label = "Memory of the loaded model, MB"
     return Chart(
-        width, height, box, _ticks(x_scale, width), _ticks(y_scale, width), "Memory of the loaded model, MB", label,
-        place_labels(marks, box), [], _stairs(front),
+        width, height, box, _ticks(x_scale, width), _ticks(y_scale, width), x_label, label,
+        marks=place_labels(marks, box), front=_stairs(front), missing=missing,
     )  # fmt: skip
 
 
 def error_chart(layers: Mapping[str, Sequence[Mapping[str, Any]]], width: float, height: float) -> Chart | None:
-    """Output error by layer, a line per checkpoint; ``None`` if no checkpoint has two."""
+    """Output error by layer, a line per checkpoint; ``None`` if no checkpoint has two.
+
+    A wide chart leaves room for the lines' names behind their ends.
+    """
     errors = {name: [layer["output_error"] for layer in its] for name, its in layers.items()}
     measured = {name: its for name, its in errors.items() if sum(error is not None for error in its) >= 2}
     if not measured:
         return None
-    box = _box(width, height)
+    names = _CHARACTER * max(map(len, measured)) + 12 if width >= _ROOM_FOR_NAMES else 0.0
+    box = (52.0, 14.0, width - 14.0 - min(names, width / 3), height - 46.0)
     x_scale = Scale(0.0, max(len(its) for its in measured.values()) - 1.0, box[0] + 8, box[2] - 8)
     present = [error for its in measured.values() for error in its if error is not None]
     y_scale = scale_for(present, box[3], box[1], zero=True)
+    ends = spread([y_scale([e for e in its if e is not None][-1]) for its in measured.values()], _LINE_HEIGHT)
     lines = [
         Line(" ".join(f"{x_scale(i):.1f},{y_scale(e):.1f}" for i, e in enumerate(its) if e is not None),
-             number % COLOURS, name)
-        for number, (name, its) in enumerate(measured.items())
+             number % COLOURS, name, end)
+        for number, ((name, its), end) in enumerate(zip(measured.items(), ends, strict=True))
     ]  # fmt: skip
     x_ticks = [tick for tick in _ticks(x_scale, width) if "." not in tick.label]
-    return Chart(width, height, box, x_ticks, _ticks(y_scale, width), "FFN, in execution order",
-                 "Relative output error", [], lines)  # fmt: skip
+    return Chart(
+        width, height, box, x_ticks, _ticks(y_scale, width), "FFN, in execution order", "Relative output error",
+        lines=lines,
+    )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places moved apart just so far that no two are closer than ``gap``; their order stays."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved = list(places)
+    for before, index in pairwise(order):
+        moved[index] = max(moved[index], moved[before] + gap)
+    # Centred again: pushing only downwards would carry a crowd away from its lines.
+    shift = sum(moved) / len(moved) - sum(places) / len(places) if places else 0.0
+    return [place - shift for place in moved]
+
+
+def _mark(row: Mapping[str, Any], key: str, x_scale: Scale, y_scale: Scale) -> Mark:
+    memory, quality = row["bytes_memory"] / 1e6, row[key]
+    title = f"{row['name']}: {memory:,.1f} MB, {key} {quality:.4g}"
+    return Mark(x_scale(memory), y_scale(quality), title, bool(row["on_front"]), str(row["name"]))
 
 
 def place_labels(marks: Sequence[Mark], box: tuple[float, float, float, float]) -> list[Mark]:
@@ -141,13 +171,9 @@ def _quality(row: Mapping[str, Any]) -> tuple[str, str]:
     return "cosine", "Cosine to the reference"
 
 
-def _box(width: float, height: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the plotting area."""
-    return 52.0, 14.0, width - 14.0, height - 46.0
-
-
 def _ticks(scale: Scale, width: float) -> list[Tick]:
-    return [Tick(scale(value), tick_label(value)) for value in scale.ticks(4 if width < 500 else 6)]
+    values = scale.ticks(4 if width < _ROOM_FOR_NAMES else 6)
+    return [Tick(scale(value), label) for value, label in zip(values, tick_labels(values), strict=True)]
 
 
 def _stairs(front: Sequence[tuple[float, float]]) -> str:

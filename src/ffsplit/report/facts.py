@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,15 +91,15 @@ def read_facts(places: Sequence[str]) -> list[CheckpointFacts]:
 
 
 def short_names(places: Sequence[str]) -> list[str]:
-    """The last part of each place (a hub id whole), or as much of the place as tells them apart."""
+    """The last part of each place (a hub id whole), or as much of the place as tells them apart; else a number too."""
     names = [shown_name(place) for place in places]
-    for index, place in enumerate(places):
-        parts = Path(place).parts
-        depth = 2
-        while names.count(names[index]) > 1 and depth <= len(parts):
-            names[index] = "/".join(parts[-depth:])
-            depth += 1
-    return [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
+    for depth in range(2, max((len(Path(place).parts) for place in places), default=0) + 1):
+        counts = Counter(names)
+        for index, place in enumerate(places):
+            if counts[names[index]] > 1:
+                names[index] = str(Path(*Path(place).parts[-depth:]))
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def _facts(place: str, name: str) -> CheckpointFacts:

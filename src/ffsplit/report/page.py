@@ -9,11 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ffsplit.report.chart import COLOURS, Chart, error_chart, quality_chart
+from ffsplit.report.chart import Chart, error_chart, quality_chart
 from ffsplit.report.columns import COLUMNS, MISSING, columns_of
 
 PAGE_NAME = "compare.html"
-WIDE, NARROW = (760.0, 400.0), (376.0, 320.0)
+WIDE, NARROW = (1040.0, 420.0), (376.0, 320.0)
 
 
 def write_page(comparison: Mapping[str, Any], out: Path) -> Path:
@@ -51,7 +51,6 @@ def render_page(comparison: Mapping[str, Any]) -> str:
         missing=MISSING,
         quality=_both(lambda size: quality_chart(rows, *size)),
         errors=_both(lambda size: error_chart(compressed, *size)),
-        colours=COLOURS,
         layers=compressed,
         structure={name: _structure(its) for name, its in compressed.items()},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ffsplit.bench.latency import Timing
@@ -38,7 +38,7 @@ def mark_front(rows: Sequence[dict[str, Any]]) -> None:
         row["on_front"] = on_front
 
 
-def loss(row: dict[str, Any]) -> float:
+def loss(row: Mapping[str, Any]) -> float:
     """What a row's quality comes to when less is better."""
     if row["perplexity"] is not None:
         return float(row["perplexity"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _ROUND = (1.0, 2.0, 2.5, 5.0, 10.0)
-_LOG_FROM_RATIO = 6.0
+_LOG_FROM_RATIO = 2.5
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def scale_for(values: Sequence[float], start: float, end: float, *, zero: bool =
         start: where the low end lies.
         end: where the high end lies.
         zero: begin at 0.
-        log: logarithmic if all values are positive and the largest is several times the smallest.
+        log: logarithmic if all values are positive and the largest is a few times the smallest.
     """
     low, high = min(values), max(values)
     if log and low > 0 and high / low > _LOG_FROM_RATIO:
@@ -53,9 +53,14 @@ def scale_for(values: Sequence[float], start: float, end: float, *, zero: bool =
     return Scale(low, high + room, start, end)
 
 
-def tick_label(value: float) -> str:
-    """A tick's value without needless digits."""
-    return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks as text, with as few digits as tell them apart."""
+    labels: list[str] = []
+    for digits in range(6, 16):
+        labels = [f"{tick:,.{digits}g}".replace("e+0", "e").replace("e+", "e") for tick in ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _linear_ticks(low: float, high: float, count: int) -> list[float]:

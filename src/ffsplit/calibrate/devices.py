@@ -1,0 +1,43 @@
+"""Moving a model's parts to the compute device for their turn, and home again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffsplit.families.blocks import Block
+
+
+@contextmanager
+def visiting(model: PreTrainedModel, blocks: Sequence[Block], device: torch.device) -> Iterator[None]:
+    """Keep what is outside the blocks (embeddings, norms, head) on a device; everything goes home at the end.
+
+    Modules that were put in meanwhile go where the model's first parameter came from.
+    """
+    homes = {name: parameter.device for name, parameter in model.named_parameters()}
+    default = next(iter(homes.values()))
+    move_outside_blocks(model, blocks, device)
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(default)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(homes.get(name, default))
+
+
+def move_outside_blocks(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
+    """Move everything that is not inside one of the blocks (embeddings, norms, head) to a device."""
+    inside = {id(module) for block in blocks for module in model.get_submodule(block.path).modules()}
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

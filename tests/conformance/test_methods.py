@@ -1,0 +1,258 @@
+"""Every registered method, one protocol: a method that is added is tested here as soon as it has cases."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import ffsplit
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.ffn.sum import SumFFN
+from ffsplit.methods.budgets import average_bits
+from ffsplit.methods.registry import methods
+from tests.tiny import VOCABULARY, tiny
+
+FAMILIES = ("llama", "gpt2", "opt", "bert-mlm", "phi3")
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "svd": [{"keep": 0.6}],
+    "whitened-svd": [{"keep": 0.6}, {"keep": 0.6, "refit": False}],
+    "prune": [
+        {"keep": 0.6},
+        {"keep": 0.5, "score": "output_norm", "refit": False},
+        {"keep": 0.5, "score": "magnitude", "refit": False, "align": 8},
+        *({"keep": 0.7, "score": score} for score in ("leverage", "pivoted_qr", "forward", "wanda_sp", "random")),
+        *({"keep": 0.7, "score": score} for score in ("flap_variance", "minitron", "activation_norm")),
+    ],
+    "quantize": [
+        {"bits": 5.0, "group": 16},
+        {"code_bits": 4, "rounding": "rtn", "group": 16},
+        {"code_bits": 3, "group": 16, "symmetric": True, "polish": 0},
+        {"code_bits": 2, "group": 8, "refit": False},
+    ],
+    "ffsplit": [
+        {"keep": 0.6},
+        {"keep": 0.7, "rest": "svd", "heavy": 0.2, "refit": False},
+        {"keep": 0.7, "rest": "whitened", "heavy": 16},
+        {"bits": 5.0, "group": 16},
+        {"bits": 6.5, "group": 16, "heavy": 0.25, "heavy_bits": 16, "rest_bits": 2},
+        {"bits": 5.0, "group": 16, "rest": "rtn", "refit": False, "heavy_bits": 4},
+    ],
+}
+FULL: dict[str, list[dict[str, Any]]] = {
+    "svd": [{"keep": 1.0}],
+    "whitened-svd": [{"keep": 1.0}],
+    "prune": [{"keep": 1.0}],
+    "quantize": [{"bits": 16.0}],
+    "ffsplit": [{"keep": 1.0}, {"bits": 16.0}],
+}
+ALL = [(name, case) for name, cases in CASES.items() for case in cases]
+FIRST = [(name, cases[0]) for name, cases in CASES.items()] + [("ffsplit", CASES["ffsplit"][3])]
+
+
+def label(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{key}={item}" for key, item in value.items())
+    return str(value)
+
+
+def ids(rows: int = 6, columns: int = 32) -> Tensor:
+    return torch.randint(5, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(1))
+
+
+def compressed(family: str, name: str, case: dict[str, Any], **options: Any) -> ffsplit.CompressionResult:
+    return ffsplit.compress(
+        options.pop("model", None) or tiny(family),
+        recipe={"method": {"method": name, **case}},
+        calibration=ids(),
+        device="cpu",
+        **options,
+    )
+
+
+@functools.cache
+def example(name: str, index: int) -> ffsplit.CompressionResult:
+    """A result that several tests read and none changes."""
+    return compressed("llama", name, CASES[name][index])
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:
+    return model(input_ids=ids() if tokens is None else tokens).logits
+
+
+def sums(model: nn.Module) -> list[SumFFN]:
+    return [module for module in model.modules() if isinstance(module, SumFFN)]
+
+
+def assert_same(found: Tensor, expected: Tensor, saved: ffsplit.SavedCheckpoint) -> None:
+    """Equal to the bit; a stock model may multiply fused matrices and then rounds differently."""
+    if saved.kind == "stock":
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_every_method_has_cases() -> None:
+    assert set(CASES) == set(FULL) == set(methods())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "case"), [(n, c) for n, cases in FULL.items() for c in cases], ids=label)
+def test_a_full_budget_changes_nothing(family: str, name: str, case: dict[str, Any]) -> None:
+    result = compressed(family, name, case)
+    torch.testing.assert_close(logits(result.model), logits(tiny(family)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "case"), ALL, ids=label)
+def test_the_budget_is_met_and_the_plan_is_kept(family: str, name: str, case: dict[str, Any]) -> None:
+    result = compressed(family, name, case)
+    assert len(sums(result.model)) == len(result.plan.ffns) == 2
+    for planned, module in zip(result.plan.ffns, sums(result.model), strict=True):
+        shape = planned.dense_shape
+        assert module.spec == planned.spec
+        assert sum(p.numel() for n, p in module.named_parameters() if "act." not in n) <= planned.spec.parameters
+        if "keep" in case:
+            assert planned.spec.parameters <= case["keep"] * shape.parameters
+            assert planned.spec.parameters >= 0.8 * case["keep"] * shape.parameters
+        elif "bits" in case:
+            assert average_bits(planned.spec, shape) <= case["bits"]
+    assert bool(torch.isfinite(logits(result.model)).all())
+
+
+@pytest.mark.parametrize(("name", "case"), ALL, ids=label)
+def test_stored_bits_are_really_stored(name: str, case: dict[str, Any]) -> None:
+    """The bits that a plan counts are the bits of the tensors, up to the width of floats."""
+    result = example(name, CASES[name].index(case))
+    for planned, module in zip(result.plan.ffns, sums(result.model), strict=True):
+        state = {n: t for n, t in module.state_dict().items() if ".act." not in n and t.numel()}
+        assert sum(8 * t.numel() * t.element_size() for t in state.values()) == planned.spec.stored_bits(32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "case"), FIRST, ids=label)
+def test_save_and_reload_give_the_same_bits(family: str, name: str, case: dict[str, Any], tmp_path: Path) -> None:
+    result = compressed(family, name, case)
+    before = logits(result.model)
+    saved = ffsplit.save(result, tmp_path / "out")
+    loaded = type(result.model).from_pretrained(saved.directory).eval()
+    assert_same(logits(loaded), before, saved)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(type(loaded).from_pretrained(tmp_path / "again").eval()), logits(loaded))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "case"), FIRST, ids=label)
+def test_without_the_import_loading_raises_or_is_right(
+    family: str, name: str, case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = compressed(family, name, case)
+    before = logits(result.model)
+    saved = ffsplit.save(result, tmp_path / "out")
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "ffsplit")
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "ffsplit")
+    if saved.kind == "stock":
+        assert_same(logits(type(result.model).from_pretrained(saved.directory).eval()), before, saved)
+    else:
+        with pytest.raises(RuntimeError, match="mismatched_sizes"):
+            type(result.model).from_pretrained(saved.directory)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize(("name", "case"), FIRST, ids=label)
+def test_generation_with_the_cache_equals_generation_without(family: str, name: str, case: dict[str, Any]) -> None:
+    model = compressed(family, name, case).model
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = {"input_ids": ids(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    with_cache = model.generate(**prompt, use_cache=True, **options)
+    assert torch.equal(with_cache, model.generate(**prompt, use_cache=False, **options))
+    assert with_cache.shape == (2, 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "case"), FIRST, ids=label)
+def test_dtypes(dtype: torch.dtype, name: str, case: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    result = compressed("llama", name, case, model=model)
+    out = logits(result.model)
+    assert out.dtype == dtype
+    assert bool(torch.isfinite(out).all())
+    reference = logits(example(name, CASES[name].index(case)).model)
+    assert float((out.float() - reference).norm() / reference.norm()) < 0.1
+    saved = ffsplit.save(result, tmp_path / "out")
+    loaded = type(result.model).from_pretrained(saved.directory, dtype=dtype).eval()
+    assert_same(logits(loaded), out, saved)
+
+
+@pytest.mark.parametrize(("name", "case"), ALL, ids=label)
+def test_compile_autocast_and_gradients(name: str, case: dict[str, Any]) -> None:
+    module = sums(example(name, CASES[name].index(case)).model)[0]
+    x = torch.randn(3, 5, module.d_model, generator=torch.Generator().manual_seed(0))
+    expected = module(x)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(module(x).float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+    x.requires_grad_(True)
+    trainable = [p for n, p in module.named_parameters() if "act." not in n]
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    try:
+        gradients = torch.autograd.grad(module(x).square().sum(), [x, *trainable])
+        assert all(bool(torch.isfinite(g).all()) and float(g.abs().sum()) > 0 for g in gradients)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("name", "case"), ALL, ids=label)
+def test_packed_tensors_survive_a_cast(name: str, case: dict[str, Any]) -> None:
+    module = sums(compressed("llama", name, case).model)[0]
+    packed = {n: t.clone() for n, t in module.state_dict().items() if not t.is_floating_point()}
+    module.to(torch.bfloat16)
+    assert all(torch.equal(module.state_dict()[n], t) for n, t in packed.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "case"), FIRST, ids=label)
+def test_decompress_gives_a_stock_model_with_the_same_outputs(
+    family: str, name: str, case: dict[str, Any], tmp_path: Path
+) -> None:
+    result = compressed(family, name, case)
+    ffsplit.save(result, tmp_path / "out")
+    model = type(result.model).from_pretrained(tmp_path / "out").eval()
+    if not hasattr(model.config, "quantization_config"):
+        assert not sums(model)
+        return
+    if any(module.linear is not None for module in sums(model)):
+        with pytest.raises(ffsplit.ModelError, match="linear map"):
+            ffsplit.decompress(model)
+        return
+    dense = ffsplit.decompress(model)
+    assert not sums(dense)
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-4)
+    dense.save_pretrained(tmp_path / "dense")
+    assert SumSpec.__name__ not in (tmp_path / "dense" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("name", "case"), FIRST, ids=label)
+def test_a_better_budget_is_not_worse(name: str, case: dict[str, Any]) -> None:
+    """More resources, less error on the calibration inputs."""
+    richer = dict(case)
+    for field, factor in (("keep", 1.4), ("bits", 1.5)):
+        if field in richer:
+            richer[field] = richer[field] * factor
+    errors = [
+        sum(layer["output_error"] for layer in compressed("llama", name, chosen).report["layers"])
+        for chosen in (case, richer)
+    ]
+    assert errors[1] < errors[0]
