@@ -138,7 +138,7 @@ def test_compare_writes_the_page(cli: Call, llama: Path, compressed: Path, prune
     page = tmp_path / "compare.html"
     outcome = cli("compare", llama, compressed, pruned, "--out", page, "--no-speed", *SMALL)
     assert outcome.code == 0, outcome.err
-    assert "perplexity" in outcome.out
+    assert "Perplexity" in outcome.out
     assert "packed" in outcome.out
     assert str(page) in outcome.out.replace("\n", "")
     assert "<html" in page.read_text()

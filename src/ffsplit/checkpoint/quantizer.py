@@ -43,7 +43,7 @@ class FFSplitStorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ffns = ffns or []
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format version {version}; this ffsplit reads up to {FORMAT_VERSION}, update it"
+                f"the checkpoint has format version {version}; this one reads up to {FORMAT_VERSION}: update ffsplit"
             )
 
     def entries(self) -> list[tuple[FFNSite, SumSpec]]:
