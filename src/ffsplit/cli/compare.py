@@ -21,6 +21,7 @@ Dirs = Annotated[
 Page = Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.", metavar="FILE")]
 Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed too.")]
 
+
 def compare(
     dirs: Dirs,
     out: Page = Path("compare.html"),

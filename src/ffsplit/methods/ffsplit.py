@@ -39,7 +39,8 @@ class FFSplitConfig(MethodConfig):
     Attributes:
         keep: share of the FFN's parameters that stay; the rest is then low rank or a linear map.
         bits: average stored bits per weight, everything counted; the rest is then low-bit.
-        score: what makes a neuron heavy (eq. 3: the output norm).
+        score: what makes a neuron heavy; None means ``output_norm`` (the paper's eq. 3), but ``greedy_obs`` when the
+            rest becomes a linear map, because then the heavy neurons also have to stand in for the others.
         heavy: share (below 1) or number of heavy neurons; None lets the budget decide.
         heavy_bits: 16 (dense), or the bits of the heavy codes; 16 with ``keep``, 8 with ``bits`` unless set.
         rest: how the rest is compressed: ``svd`` or ``whitened`` (low rank), ``linear`` (the rest becomes one low-rank
@@ -57,7 +58,7 @@ class FFSplitConfig(MethodConfig):
     method: Literal["ffsplit"] = "ffsplit"
     keep: float | None = Field(None, gt=0, le=1)
     bits: float | None = Field(None, gt=0, le=FLOAT_BITS)
-    score: ScoreName = "output_norm"
+    score: ScoreName | None = None
     heavy: float | None = Field(None, ge=0)
     heavy_bits: int | None = Field(None, ge=2, le=FLOAT_BITS)
     rest: Rest | None = None
@@ -96,6 +97,13 @@ class FFSplitConfig(MethodConfig):
         if self.rest is not None:
             return self.rest
         return "linear" if self.keep is not None else "gptq"
+
+    @property
+    def ranking(self) -> ScoreName:
+        """The score, with its default."""
+        if self.score is not None:
+            return self.score
+        return "greedy_obs" if self.compressor == "linear" else "output_norm"
 
     @property
     def full_budget(self) -> bool:
@@ -193,7 +201,7 @@ def ffsplit(data: LayerData, config: FFSplitConfig) -> SumFFN:
     """Split by score, compress the rest, let the heavy part absorb the error."""
     spec = structure(FFNShape.of(data.ffn), config)
     heavy = _heavy_neurons(spec, data.ffn.d_ff, linear=config.compressor == "linear")
-    order = neuron_order(data, config.score, heavy)
+    order = neuron_order(data, config.ranking, heavy)
     how: How = "whitened" if config.compressor == "linear" else config.compressor
     parts, start = [], 0
     for branch in spec.branches:
