@@ -1,6 +1,6 @@
 """Write the measured table of the README from ``benchmarks/results/table*.json``, between its two markers.
 
-    python benchmarks/readme_table.py
+python benchmarks/readme_table.py
 """
 
 from __future__ import annotations

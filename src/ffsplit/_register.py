@@ -8,7 +8,6 @@ format is registered at once, and otherwise right after that code is loaded, whi
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -20,21 +19,26 @@ FORMAT = "ffsplit.checkpoint.quantizer"
 
 
 class _AfterModelCode(MetaPathFinder):
-    """Finds the awaited module as usual, once, and imports the storage format after it."""
+    """Finds the awaited module as usual, and imports the storage format after it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != AWAITED:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        # It stays in place until the module has really run: code that only asks whether the module exists comes here
+        # too, and an import may fail and be repeated.
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             importlib.import_module(FORMAT)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

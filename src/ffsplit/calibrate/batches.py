@@ -15,7 +15,7 @@ from ffsplit.calibrate.sources import TextSource, load_texts
 from ffsplit.calibrate.tokens import TokenWindows, check_fits, tokenize_documents, tokenize_windows
 from ffsplit.errors import DataError
 
-CalibrationInput = str | Sequence[str] | Tensor | TokenWindows | Sequence[Mapping[str, Tensor]]
+CalibrationInput = str | Sequence[str] | Tensor | TokenWindows | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def make_batches(
     Raises:
         DataError: as :func:`make_windows`; or a ready-made batch without the model's main input.
     """
+    if isinstance(source, Mapping):
+        source = [source]
     if _ready_made(source):
         return _given_batches(model, source)  # type: ignore[arg-type]
     windows = make_windows(model, tokenizer, source, field=field, seq_len=seq_len, samples=samples)  # type: ignore[arg-type]
@@ -114,14 +116,23 @@ def _given_batches(model: PreTrainedModel, source: Sequence[Mapping[str, Tensor]
         if main not in batch:
             raise DataError(f"calibration batch {index} has no {main!r}, the main input of {type(model).__name__}")
         for name in sorted(batch):
-            digest.update(name.encode() + batch[name].contiguous().cpu().numpy().tobytes())
+            if not isinstance(batch[name], Tensor):
+                raise DataError(f"calibration batch {index}: {name!r} is a {type(batch[name]).__name__}, not a tensor")
+            # As bytes: numpy has no bfloat16.
+            digest.update(name.encode() + batch[name].cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return Batches(
         batches=[dict(batch) for batch in source],
         name="batches",
         sha256=digest.hexdigest(),
         samples=sum(batch[main].shape[0] for batch in source),
-        tokens=sum(batch[main].numel() for batch in source),
+        tokens=sum(_real(batch, main) for batch in source),
     )
+
+
+def _real(batch: Mapping[str, Tensor], main: str) -> int:
+    """Elements of a batch's main input, without padded tokens."""
+    mask = batch.get("attention_mask")
+    return batch[main].numel() if mask is None or mask.shape != batch[main].shape else int(mask.bool().sum())
 
 
 def _with_decoder(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ class TensorCache:
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> None:
         """Store a list of tensors, replacing what was there."""
-        kept = [tensor.detach().to(self._device).contiguous() for tensor in tensors]
+        # Copies: what was handed over may be a part of something larger, or be worked on in place later.
+        kept = [tensor.detach().to(self._device, copy=True).contiguous() for tensor in tensors]
         if self._directory is None:
             self._memory[key] = kept
         else:

@@ -13,7 +13,9 @@ from torch.nn.functional import linear
 
 from ffsplit.calibrate.cache import Activations
 from ffsplit.calibrate.statistics import FFNStatistics, collect
+from ffsplit.errors import DataError
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.ops.gram import add_gram
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class RefitSums:
     gram: Float[Tensor, "hidden hidden"]
     cross: Float[Tensor, "hidden d_model"]
     energy: Float[Tensor, ""]
+
+    @classmethod
+    def zeros(cls, hidden: int, d_model: int, device: torch.device) -> RefitSums:
+        shapes: tuple[tuple[int, ...], ...] = ((hidden, hidden), (hidden, d_model), ())
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
 @dataclass
@@ -56,20 +63,31 @@ class LayerData:
 
     @cached_property
     def statistics(self) -> FFNStatistics:
-        statistics = collect(self.ffn, self.inputs, self._device)
+        """All statistics, the hidden Gram included."""
+        return self._collected(hidden_gram=True)
+
+    @cached_property
+    def moments(self) -> FFNStatistics:
+        """Everything but the hidden Gram, which is most of the work; the full statistics if they are there already."""
+        full = self.__dict__.get("statistics")
+        return full if full is not None else self._collected(hidden_gram=False)
+
+    def _collected(self, *, hidden_gram: bool) -> FFNStatistics:
+        statistics = collect(self.ffn, self.inputs, self._device, hidden_gram=hidden_gram)
         statistics.check_finite(self.name)
         return statistics
 
     def refit_sums(
         self,
         hidden: Callable[[Float[Tensor, "tokens d_model"]], Float[Tensor, "tokens hidden"]],
-        subtract: Callable[[Float[Tensor, "tokens d_model"]], Float[Tensor, "tokens d_model"]] | None = None,
     ) -> RefitSums:
         """Stream the inputs through ``hidden`` and sum what a refit of ``down`` needs.
 
         Args:
             hidden: the compressed hidden activations of a chunk of inputs.
-            subtract: a part of the output that is already decided (another branch), taken off the targets.
+
+        Raises:
+            DataError: a sum holds NaN or Inf.
         """
         sums: RefitSums | None = None
         corrections = iter(self.corrections) if self.corrections is not None else None
@@ -78,17 +96,16 @@ class LayerData:
             y = linear(self.ffn.hidden(x), self.ffn.down)
             if corrections is not None:
                 y = y + next(corrections).to(x)
-            if subtract is not None:
-                y = y - subtract(x)
             h, y = hidden(x).double(), y.double()
-            part = RefitSums(h.T @ h, h.T @ y, y.square().sum())
-            sums = part if sums is None else _add(sums, part)
+            if sums is None:
+                sums = RefitSums.zeros(h.shape[1], y.shape[1], self._device)
+            add_gram(sums.gram, h)
+            sums.cross.addmm_(h.T, y)
+            sums.energy.add_(y.square().sum())
         assert sums is not None, "refit_sums needs calibration inputs"
+        if not bool(torch.isfinite(sums.gram).all() & torch.isfinite(sums.cross).all()):
+            raise DataError(
+                f"{self.name}: the sums of the refit hold NaN or Inf: the model overflows on this text in this dtype; "
+                "calibrate in float32 or bfloat16"
+            )
         return sums
-
-
-def _add(total: RefitSums, part: RefitSums) -> RefitSums:
-    total.gram.add_(part.gram)
-    total.cross.add_(part.cross)
-    total.energy.add_(part.energy)
-    return total

@@ -114,7 +114,7 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}: line {number} is not JSON ({error})") from error
                 yield {"text": row} if isinstance(row, str) else row
 
@@ -125,7 +125,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             content = json.load(handle)
         except UnicodeDecodeError:
             raise  # a ValueError too, but `reading` has the better words for it
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); a file with one record per line is named .jsonl") from error
     if not isinstance(content, list):
         raise DataError(f"{path}: holds a {type(content).__name__}; expected a list of texts or of objects with fields")

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
@@ -24,19 +25,27 @@ from ffsplit.families.site import FFNSite
 
 Batch = Mapping[str, Tensor]
 Progress = Callable[[str, int, int], None]
+# What a block may return beside tensors (Swin v2: the size of the image that is left); kept as it is.
+PLAIN = (int, float, str, torch.Size)
 
 
 class _BlockDoneError(Exception):
     """Leaves the model's forward once the current block has done its work. Never escapes this file."""
 
 
-def rows_of(x: Tensor, mask: Bool[Tensor, "batch tokens"] | None) -> Iterator[Tensor]:
-    """The unpadded rows of each sequence of a captured FFN input ``[batch, tokens, d]`` (or flattened)."""
-    if mask is None or mask.numel() != x.numel() // x.shape[-1]:
-        yield from x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.reshape(-1, *x.shape[-2:])
-        return
-    for sequence, keep in zip(x.reshape(*mask.shape, x.shape[-1]), mask, strict=True):
-        yield sequence[keep]
+def rows_of(x: Tensor, mask: Bool[Tensor, "batch tokens"] | None, sequences: int = 1) -> Iterator[Tensor]:
+    """The unpadded rows of each sequence of ``x``, ``[batch, tokens, d]`` or flattened to ``[batch * tokens, d]``.
+
+    Rows that cannot be told apart by sequence (a model that removed the padding itself) come as one chunk.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == len(rows):
+        for sequence, keep in zip(rows.view(*mask.shape, -1), mask, strict=True):
+            yield sequence[keep]
+    elif len(rows) % sequences == 0:
+        yield from rows.view(sequences, -1, x.shape[-1])
+    else:
+        yield rows
 
 
 class BlockReplay:
@@ -64,6 +73,7 @@ class BlockReplay:
         self.progress = progress
         self._done: list[Block] = []
         self._latest: dict[str, pytree.TreeSpec] = {}
+        self._plain: dict[str, list[object]] = {}
 
     def capture(self, block: Block) -> dict[str, Activations]:
         """The inputs of a block's FFNs, by site name, padded positions removed."""
@@ -77,7 +87,7 @@ class BlockReplay:
         missing = set(stores)
 
         def keep(site: FFNSite, x: Tensor) -> None:
-            for rows in rows_of(x, self.mask(index, site)):
+            for rows in self.rows(index, site, x):
                 stores[site.name].append(rows)
             missing.discard(site.name)
             if not missing and block.path:
@@ -95,7 +105,9 @@ class BlockReplay:
         with self._at_work(block):
             for index in self._indices(f"advance {block.path}"):
                 leaves, self._latest[block.list_path] = pytree.tree_flatten(self._output(index, block))
-                self.cache.put(f"block-{block.list_path}-{index}", [_as_tensor(leaf) for leaf in leaves])
+                key = f"block-{block.list_path}-{index}"
+                self._plain[key] = [leaf if isinstance(leaf, PLAIN) else None for leaf in leaves]
+                self.cache.put(key, [_as_tensor(leaf) for leaf in leaves])
         self._done.append(block)
 
     def outputs(self, block: Block, limit: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -136,6 +148,17 @@ class BlockReplay:
         mask = batch.get("decoder_attention_mask" if inside_decoder else "attention_mask")
         return None if mask is None else mask.bool().to(self.device)
 
+    def rows(self, index: int, site: FFNSite, x: Tensor) -> Iterator[Tensor]:
+        """The real rows of what a batch gave at a site, one chunk a sequence."""
+        batch = self.batches[index]
+        sequences = next(iter(batch.values())).shape[0]
+        mask = self.mask(index, site)
+        text_alone = not any(tensor.is_floating_point() for tensor in batch.values())
+        if mask is not None and mask.dim() == 2 and text_alone and x.dim() == 3 and x.shape[0] == sequences:
+            # Some encoders (Longformer, BigBird) pad on the right by themselves, to a multiple of their window.
+            mask = pad(mask, (0, max(0, x.shape[1] - mask.shape[1])))
+        return rows_of(x, mask, sequences)
+
     @torch.no_grad()
     def _run(self, index: int, block: Block) -> None:
         batch = {name: tensor.to(self.device) for name, tensor in self.batches[index].items()}
@@ -149,8 +172,12 @@ class BlockReplay:
             raise RuntimeError(f"the forward of {type(self.model).__name__} never reached {block.path}")
 
     def _cached(self, list_path: str, index: int) -> object:
-        tensors = self.cache.get(f"block-{list_path}-{index}")
-        leaves = [None if _stands_for_none(tensor) else tensor.to(self.device) for tensor in tensors]
+        key = f"block-{list_path}-{index}"
+        # Copies: a block may work on its input in place, and the cached one is needed again.
+        leaves = [
+            plain if _stands_for_no_tensor(tensor) else tensor.to(self.device, copy=True)
+            for tensor, plain in zip(self.cache.get(key), self._plain[key], strict=True)
+        ]
         return pytree.tree_unflatten(leaves, self._latest[list_path])
 
     @contextmanager
@@ -165,11 +192,11 @@ class BlockReplay:
 
 
 def _as_tensor(leaf: object) -> Tensor:
-    """A cacheable form of one leaf of a block's output; None becomes an empty boolean tensor."""
+    """A cacheable form of one leaf of a block's output; what is no tensor becomes an empty boolean one."""
     return leaf if isinstance(leaf, Tensor) else torch.empty(0, dtype=torch.bool)
 
 
-def _stands_for_none(tensor: Tensor) -> bool:
+def _stands_for_no_tensor(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bool and not tensor.numel()
 
 
@@ -187,10 +214,14 @@ def _watch(model: nn.Module, site: FFNSite, keep: Callable[[FFNSite, Tensor], No
 def _stubs(model: nn.Module, done: Sequence[Block], answer: Callable[[Block], object]) -> Iterator[None]:
     """Let finished blocks answer from the cache. Only the latest of a list matters; the earlier repeat its answer."""
     modules = [model.get_submodule(block.path) for block in done]
+    # Some tools (accelerate) give a module a forward of its own, beside its class's.
+    own = [module.__dict__.get("forward") for module in modules]
     try:
         for module, block in zip(modules, done, strict=True):
             module.forward = lambda *_args, _block=block, **_kwargs: answer(_block)  # type: ignore[method-assign]
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]

@@ -134,7 +134,7 @@ def _from_list(source: Sequence[str], max_characters: int | None) -> Texts:
 def _from_place(source: str | Path, field: str | None, split: Split, max_characters: int | None) -> Texts:
     """A file, a folder or a dataset of the hub, decided by what exists and then by how it is spelt."""
     spelt = str(source)
-    if not spelt.strip() or "\n" in spelt or len(spelt) > 1024:
+    if not spelt.strip() or "\n" in spelt or len(spelt) > 1024 or max(map(len, spelt.split("/"))) > 255:
         raise DataError(f"source {spelt[:60]!r}: not a file, folder or dataset; to pass text itself, pass a list of it")
     path = Path(spelt).expanduser()
     if path.is_dir():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ffsplit.errors import DataError
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.ops.gram import add_gram
 
 
 @dataclass
@@ -27,7 +28,8 @@ class FFNStatistics:
         sequences: number of sequences, float64 scalar.
         input_gram: sum of ``x^T x``.
         input_sum: sum of ``x``.
-        hidden_gram: sum of ``h^T h``.
+        hidden_gram: sum of ``h^T h``; 0 x 0 when only moments were collected (it is most of the work).
+        hidden_square_sum: sum of ``h^2``.
         hidden_sum: sum of ``h``.
         hidden_max: largest ``|h|`` seen.
         hidden_active: tokens on which the neuron's output norm ``|h_j| ||down_j||`` is above the token's mean over
@@ -39,14 +41,17 @@ class FFNStatistics:
     sequences: Float[Tensor, ""]
     input_gram: Float[Tensor, "d_model d_model"]
     input_sum: Float[Tensor, " d_model"]
-    hidden_gram: Float[Tensor, "d_ff d_ff"]
+    hidden_gram: Float[Tensor, "gram gram"]
+    hidden_square_sum: Float[Tensor, " d_ff"]
     hidden_sum: Float[Tensor, " d_ff"]
     hidden_max: Float[Tensor, " d_ff"]
     hidden_active: Float[Tensor, " d_ff"]
     sequence_mean_square: Float[Tensor, " d_ff"]
 
     @classmethod
-    def zeros(cls, d_model: int, d_ff: int, device: torch.device | str = "cpu") -> FFNStatistics:
+    def zeros(
+        cls, d_model: int, d_ff: int, device: torch.device | str = "cpu", *, hidden_gram: bool = True
+    ) -> FFNStatistics:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -55,7 +60,8 @@ class FFNStatistics:
             sequences=zeros(),
             input_gram=zeros(d_model, d_model),
             input_sum=zeros(d_model),
-            hidden_gram=zeros(d_ff, d_ff),
+            hidden_gram=zeros(d_ff, d_ff) if hidden_gram else zeros(0, 0),
+            hidden_square_sum=zeros(d_ff),
             hidden_sum=zeros(d_ff),
             hidden_max=zeros(d_ff),
             hidden_active=zeros(d_ff),
@@ -63,20 +69,24 @@ class FFNStatistics:
         )
 
     def update(self, ffn: FFNWeights, x: Float[Tensor, "tokens d_model"]) -> None:
-        """Add the tokens of one sequence."""
+        """Add the tokens of one sequence; one without tokens adds nothing."""
+        if not x.shape[0]:
+            return
         hidden = ffn.hidden(x)
         size = hidden.abs()
         contribution = size * ffn.down.norm(dim=0)
-        wide_x, wide_h = x.double(), hidden.double()
+        wide = hidden.double()
         self.tokens += x.shape[0]
         self.sequences += 1
-        self.input_gram.addmm_(wide_x.T, wide_x)
-        self.input_sum += wide_x.sum(0)
-        self.hidden_gram.addmm_(wide_h.T, wide_h)
-        self.hidden_sum += wide_h.sum(0)
+        add_gram(self.input_gram, x)
+        self.input_sum += x.double().sum(0)
+        if self.hidden_gram.numel():
+            add_gram(self.hidden_gram, wide)
+        self.hidden_square_sum += wide.square().sum(0)
+        self.hidden_sum += wide.sum(0)
         torch.maximum(self.hidden_max, size.amax(0).double(), out=self.hidden_max)
         self.hidden_active += (contribution > contribution.mean(dim=1, keepdim=True)).sum(0)
-        self.sequence_mean_square += wide_h.abs().mean(0).square()
+        self.sequence_mean_square += wide.abs().mean(0).square()
 
     def merge(self, other: FFNStatistics) -> None:
         """Add the statistics of other tokens (another process, another run)."""
@@ -86,11 +96,6 @@ class FFNStatistics:
                 torch.maximum(mine, theirs, out=mine)
             else:
                 mine += theirs
-
-    @property
-    def hidden_square_sum(self) -> Float[Tensor, " d_ff"]:
-        """Sum of ``h_j^2``."""
-        return self.hidden_gram.diagonal()
 
     @property
     def hidden_variance(self) -> Float[Tensor, " d_ff"]:
@@ -118,10 +123,14 @@ class FFNStatistics:
 
 
 def collect(
-    ffn: FFNWeights, inputs: Iterable[Float[Tensor, "tokens d_model"]], device: torch.device | str = "cpu"
+    ffn: FFNWeights,
+    inputs: Iterable[Float[Tensor, "tokens d_model"]],
+    device: torch.device | str = "cpu",
+    *,
+    hidden_gram: bool = True,
 ) -> FFNStatistics:
-    """Statistics of one FFN over its inputs, one chunk a sequence."""
-    statistics = FFNStatistics.zeros(ffn.d_model, ffn.d_ff, device)
+    """Statistics of one FFN over its inputs, one chunk a sequence; without the hidden Gram if it is not wanted."""
+    statistics = FFNStatistics.zeros(ffn.d_model, ffn.d_ff, device, hidden_gram=hidden_gram)
     for x in inputs:
         statistics.update(ffn, x.to(device=device, dtype=ffn.up.dtype))
     return statistics

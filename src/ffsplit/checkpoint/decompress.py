@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from ffsplit.checkpoint.quantizer import FFSplitStorageConfig
+from ffsplit.checkpoint.quantizer import FFSplitStorageConfig, localize
 from ffsplit.checkpoint.stock import empty_model, filled
 from ffsplit.errors import ModelError
 from ffsplit.families import FFNSite
@@ -23,7 +23,8 @@ def decompress(model: PreTrainedModel) -> PreTrainedModel:
     gives the same outputs up to rounding, but is as large as the original.
 
     Args:
-        model: loaded from an ffsplit checkpoint, or the ``model`` of a compression result. It is left as it is.
+        model: loaded from an ffsplit checkpoint, or saved as one. It is left as it is; what is not an FFN shares its
+            memory with the result.
 
     Raises:
         ModelError: the model is not compressed by ffsplit, or holds something that no dense FFN of its family
@@ -53,7 +54,7 @@ def compressed_sites(model: PreTrainedModel) -> list[FFNSite]:
     if isinstance(stored, dict) and stored.get("quant_method") == "ffsplit":
         stored = FFSplitStorageConfig.from_dict(stored)
     if isinstance(stored, FFSplitStorageConfig):
-        return [site for site, _ in stored.entries()]
+        return [localize(model, site) for site, _ in stored.entries()]
     raise ModelError(f"{type(model).__name__} was not compressed by ffsplit")
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ffsplit.errors import CheckpointError, FFSplitError
+from ffsplit.checkpoint.stored import refuse_other_tensors, stored_shapes
+from ffsplit.errors import CheckpointError, FFSplitError, ModelError
 from ffsplit.families.site import FFNSite
 from ffsplit.families.surgery import activation, replace
 from ffsplit.ffn.spec import SumSpec
@@ -36,21 +37,29 @@ class FFSplitStorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, ffns: list[dict[str, Any]] | None = None, version: int = FORMAT_VERSION, quant_method: str = METHOD
+        self,
+        ffns: list[dict[str, Any]] | None = None,
+        version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
     ) -> None:
         self.quant_method = quant_method
         self.version = version
         self.ffns = ffns or []
+        if type(version) is not int or version < 1:
+            raise CheckpointError(f"config.json: quantization_config.version is {version!r}, not a format version")
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint has format version {version}; this one reads up to {FORMAT_VERSION}: update ffsplit"
             )
+        if unknown:
+            raise CheckpointError(f"config.json: quantization_config has unknown keys {sorted(unknown)}")
 
     def entries(self) -> list[tuple[FFNSite, SumSpec]]:
         """Sites and structures. Raises CheckpointError when ``config.json`` was tampered with or is damaged."""
         try:
             return [(FFNSite.from_dict(ffn["site"]), SumSpec.model_validate(ffn["spec"])) for ffn in self.ffns]
-        except (KeyError, TypeError, ValidationError, FFSplitError) as error:
+        except (KeyError, TypeError, AttributeError, ValidationError, FFSplitError) as error:
             raise CheckpointError(f"config.json: quantization_config.ffns is damaged: {error}") from error
 
 
@@ -60,14 +69,19 @@ class FFSplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.get_default_dtype()
         entries = self.quantization_config.entries()
         if not entries:
             raise CheckpointError("config.json: quantization_config.ffns is empty")
-        for site, spec in entries:
-            here = localize(model, site)
-            replace(model, here, SumFFN.empty(spec, activation(model, here), dtype, "meta"))
+        sites = [localize(model, site) for site, _ in entries]
+        for here, (_, spec) in zip(sites, entries, strict=True):
+            _put_empty(model, here, spec, dtype)
+        files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files:
+            refuse_other_tensors(model, sites, stored_shapes(files))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -80,6 +94,13 @@ class FFSplitQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _put_empty(model: PreTrainedModel, site: FFNSite, spec: SumSpec, dtype: torch.dtype) -> None:
+    try:
+        replace(model, site, SumFFN.empty(spec, activation(model, site), dtype, "meta"))
+    except ModelError as error:
+        raise CheckpointError(f"config.json: quantization_config does not fit the model: {error}") from error
 
 
 def localize(model: PreTrainedModel, site: FFNSite) -> FFNSite:

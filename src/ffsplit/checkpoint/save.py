@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ffsplit.checkpoint.card import model_card
@@ -70,18 +72,18 @@ def save(
         CheckpointError: the directory exists, the disk is too small or full, or the reloaded model differs. The
             target is then untouched.
     """
-    target = Path(directory)
+    # Resolved, so that "." has a name and parent, and a link's target is replaced on its own disk.
+    target = Path(directory).resolve()
     refuse_existing(target, overwrite)
     model, kind = _to_write(result)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_small_disk(model, target.parent)
     with _staging(target) as staging:
+        _refuse_small_disk(model, target.parent)
         _write(result, model, kind, staging, max_shard_size)
         if verify:
             reload_and_compare(model, staging)
         size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
         _publish(staging, target)
-    return SavedCheckpoint(target, kind, size)
+    return SavedCheckpoint(Path(directory), kind, size)
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -121,14 +123,28 @@ def _write(result: CompressionResult, model: PreTrainedModel, kind: Kind, folder
         if result.tokenizer is not None:
             result.tokenizer.save_pretrained(folder)
         recipe = yaml.safe_dump(result.recipe.model_dump(mode="json"), sort_keys=False)
-        (folder / PLAN_FILE).write_text(result.plan.model_dump_json(indent=1))
-        (folder / RECIPE_FILE).write_text(recipe)
-        (folder / REPORT_FILE).write_text(json.dumps(result.report, indent=1, default=str, allow_nan=False))
+        report = json.dumps(_finite(result.report), indent=1, default=str, allow_nan=False)
+        (folder / PLAN_FILE).write_text(result.plan.model_dump_json(indent=1), encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+        (folder / REPORT_FILE).write_text(report, encoding="utf-8")
         base = str(getattr(result.model.config, "_name_or_path", "") or "")
         card = model_card(result.report, result.plan, recipe, base, stock=kind == "stock")
-        (folder / "README.md").write_text(card)
-    except OSError as error:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        # safetensors files come readable by nobody else, whatever the umask says.
+        mode = (folder / "README.md").stat().st_mode
+        for file in folder.glob("*.safetensors"):
+            file.chmod(mode)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder.parent}: the checkpoint could not be written: {error}") from error
+
+
+def _finite(value: Any) -> Any:
+    """Plain values with None for what JSON cannot express: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refuse_small_disk(model: PreTrainedModel, parent: Path) -> None:
@@ -141,20 +157,32 @@ def _refuse_small_disk(model: PreTrainedModel, parent: Path) -> None:
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A temporary sibling of the target, removed whatever happens."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    staging = _sibling(target, "partial")
+    try:
+        # Not tempfile, which would make it private: the checkpoint gets the permissions of any new directory.
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _sibling(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
+
+
 def _publish(staging: Path, target: Path) -> None:
     """Move the finished directory into place; an old one goes away only after that worked."""
-    old: Path | None = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.replace(target, old)
-    os.replace(staging, target)
-    target.chmod(0o755)
+    old = _sibling(target, "old") if target.exists() else None
+    try:
+        if old is not None:
+            os.replace(target, old)
+        os.replace(staging, target)
+    except OSError as error:
+        if old is not None and old.exists():
+            os.replace(old, target)
+        raise CheckpointError(f"{target}: the checkpoint could not be moved into place: {error}") from error
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -35,8 +35,10 @@ def stock_model(model: PreTrainedModel, sites: list[FFNSite]) -> PreTrainedModel
     widths = {site.name: weights[site.name].d_ff for site in sites}
     for config in _candidate_configs(model.config, sites, widths):
         skeleton = empty_model(type(model), config)
-        if skeleton is not None and _fits(skeleton, sites, weights):
-            return filled(model, skeleton, sites, weights)
+        if skeleton is None or not _fits(skeleton, sites, weights):
+            continue
+        if (made := filled(model, skeleton, sites, weights)) is not None:
+            return made
     return None
 
 
@@ -120,6 +122,9 @@ def filled(
 ) -> PreTrainedModel | None:
     """The empty model with the tensors of the compressed one and dense FFN weights; None if other shapes differ."""
     for site in sites:
+        # Not the whole skeleton: rotary frequencies stay in float32 whatever the weights are in.
+        for path in site.projections:
+            skeleton.get_submodule(path).to(weights[site.name].up.dtype)
         try:
             write(skeleton, site, weights[site.name])
         except ModelError:
@@ -135,7 +140,7 @@ def filled(
     skeleton.generation_config = getattr(model, "generation_config", None)
     if any(parameter.is_meta for parameter in skeleton.parameters()):
         return None
-    return skeleton.to(model.dtype).eval()
+    return skeleton.eval()
 
 
 def _copy_buffers(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 MARK = "ffsplit_plan.json"
+NAME_ROOM = 20
+"""What is added to the output's name for the journal and for the directory under way."""
 
 
 def check_budget(keep: float | None, bits: float | None) -> None:
@@ -42,6 +45,14 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
     Raises:
         CheckpointError: it exists and may not be replaced, or its parent cannot be written to.
     """
+    try:
+        place = out.resolve()
+        os.stat(place.with_name(f".{place.name}.{'x' * NAME_ROOM}")) if place.name else None
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the name itself is possible; where it would lie is looked at below
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{_short(out)}: no directory can be made there: {reason}") from error
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} exists and is not a directory")
     if out.is_dir() and any(out.iterdir()):
@@ -50,6 +61,11 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
         if not (out / mark).is_file():
             raise CheckpointError(f"{out} holds no {mark}, so ffsplit did not write it and will not replace it")
     check_writable(out.absolute().parent)
+
+
+def _short(path: Path) -> str:
+    spelt = str(path)
+    return spelt if len(spelt) <= 100 else f"{spelt[:40]}...{spelt[-40:]}"
 
 
 def check_writable(directory: Path) -> None:
@@ -76,6 +92,8 @@ def check_model_name(name: str) -> None:
         ModelError: there is no such path; the message names the nearest one.
     """
     path = Path(name).expanduser()
+    if any(len(part) > 255 for part in path.parts):
+        raise ModelError(f"model {_short(path)}: a name of more than 255 characters is no file, folder or hub id")
     if path.exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf"):
         return
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []

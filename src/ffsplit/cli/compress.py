@@ -59,7 +59,8 @@ def compress(
     place = checks.torch_device(device)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
     resolved = _recipe(recipe, keep, bits, asked, seed)
-    journal = out.absolute().with_name(f"{out.absolute().name}.ffsplit-journal")
+    target = out.resolve()
+    journal = target.with_name(f"{target.name}.ffsplit-journal")
     with quiet(), reporting() as report, _resumable(journal):
         from ffsplit.checkpoint.save import save
         from ffsplit.pipeline.compress import compress as run
@@ -94,13 +95,18 @@ def _recipe(name: str, keep: float | None, bits: float | None, asked: dict[str, 
 
 @contextmanager
 def _resumable(journal: Path) -> Iterator[None]:
-    """Say what an earlier run left, and after an interruption what this one leaves."""
-    finished = len(list(journal.glob("ffn-*.safetensors")))
-    if finished:
+    """Say what an earlier run left, and after an interruption what this one leaves: nothing, if no FFN is done."""
+    if finished := _finished(journal):
         say(f"resuming: {finished} FFNs are done already ({journal})")
     try:
         yield
-    except KeyboardInterrupt:
-        if journal.is_dir():
+    except BaseException as error:
+        if not _finished(journal):
+            shutil.rmtree(journal, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
             say(f"finished layers are kept in {journal}: repeat the same command to go on")
         raise
+
+
+def _finished(journal: Path) -> int:
+    return len(list(journal.glob("ffn-*.safetensors")))

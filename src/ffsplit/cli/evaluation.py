@@ -38,7 +38,7 @@ def show_evaluation(evaluation: Evaluation, disk: Files = None, dense_disk: File
     rows = [*_quality(evaluation.to_dict()), *_sizes(evaluation, disk, dense_disk)]
     columns = ("", "this model") if alone else ("", "dense", "this model")
     picked = [(name, new) if alone else (name, old, new) for name, old, new in rows]
-    show(f"Evaluation of a {evaluation.kind} model", columns, picked)
+    show(f"Evaluation of {'an' if evaluation.kind[0] in 'aeiou' else 'a'} {evaluation.kind} model", columns, picked)
     for part in (evaluation.quality, evaluation.hidden):
         if part is not None:
             line(part.describe())

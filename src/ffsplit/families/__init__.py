@@ -5,7 +5,7 @@ from ffsplit.families.find import Coverage, FFNs, find_ffns
 from ffsplit.families.site import FFNSite
 from ffsplit.families.surgery import activation, originals, read, replace, restore, write
 from ffsplit.families.tripwire import Tripwire
-from ffsplit.families.verify import check_finite, verify
+from ffsplit.families.verify import check_dtypes, check_finite, verify
 
 __all__ = [
     "Block",
@@ -15,6 +15,7 @@ __all__ = [
     "Tripwire",
     "activation",
     "blocks_of",
+    "check_dtypes",
     "check_finite",
     "find_ffns",
     "originals",

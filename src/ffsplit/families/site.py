@@ -70,6 +70,9 @@ class FFNSite:
         for name in ("name", "up", "down"):
             if not isinstance(data[name], str) or not data[name]:
                 raise ModelError(f"FFN site {site.name!r}: {name} is {data[name]!r}, it must be a module path")
+        for name in ("gate", "act", "act_name"):
+            if data[name] is not None and not isinstance(data[name], str):
+                raise ModelError(f"FFN site {site.name!r}: {name} is {data[name]!r}, it must be a name or null")
         for name in ("d_model", "d_ff"):
             if type(data[name]) is not int or data[name] <= 0:
                 raise ModelError(f"FFN site {site.name!r}: {name} is {data[name]!r}, it must be a positive integer")

@@ -39,9 +39,12 @@ def activation(model: nn.Module, site: FFNSite) -> nn.Module:
     """A copy of the site's activation, in eval mode and without hooks.
 
     Raises:
-        ModelError: it has parameters per neuron, so neurons cannot be dealt with one by one.
+        ModelError: there is none of that name, or it has parameters per neuron, so that neurons cannot be dealt with
+            one by one.
     """
     if site.act is None:
+        if site.act_name not in ACT2FN:
+            raise ModelError(f"{site.name}: transformers has no activation {site.act_name!r}")
         act: nn.Module = ACT2FN[site.act_name]
     else:
         act = deepcopy(_module(model, site.act))

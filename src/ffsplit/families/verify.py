@@ -89,6 +89,19 @@ def _error(weights: FFNWeights, x: Tensor, output: Tensor) -> float:
     return float(difference / output.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
+def check_dtypes(model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """Refuse FFNs that are in two floating-point types at once (T5 in float16): a sum of branches has one.
+
+    Raises:
+        ModelError: names the first such FFN and its projections.
+    """
+    for site in sites:
+        dtypes = {path: next(model.get_submodule(path).parameters()).dtype for path in site.projections}
+        if len(set(dtypes.values())) > 1:
+            listed = ", ".join(f"{path} {str(dtype).removeprefix('torch.')}" for path, dtype in dtypes.items())
+            raise ModelError(f"{site.name} is in more than one dtype ({listed}): load the model in bfloat16 or float32")
+
+
 def check_finite(model: nn.Module, sites: Sequence[FFNSite]) -> None:
     """Refuse NaN and infinity in the weights of the FFNs.
 

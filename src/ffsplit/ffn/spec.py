@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from ffsplit.ops.packing import packed_columns
 
 SCALE_BITS = 16
+Shape = tuple[NonNegativeInt, NonNegativeInt]
+"""``[out, in]``."""
 
 
 class _Spec(BaseModel):
@@ -23,7 +25,7 @@ class DenseSpec(_Spec):
     """A plain matrix ``[out, in]``."""
 
     kind: Literal["dense"] = "dense"
-    shape: tuple[int, int]
+    shape: Shape
 
     @property
     def parameters(self) -> int:
@@ -37,7 +39,7 @@ class LowRankSpec(_Spec):
     """``a b`` with ``a [out, rank]`` and ``b [rank, in]``."""
 
     kind: Literal["low_rank"] = "low_rank"
-    shape: tuple[int, int]
+    shape: Shape
     rank: int = Field(ge=0)
 
     @property
@@ -52,7 +54,7 @@ class PackedSpec(_Spec):
     """Codes of ``bits`` bits in groups along the input dimension, each group with a float16 scale and a zero."""
 
     kind: Literal["packed"] = "packed"
-    shape: tuple[int, int]
+    shape: Shape
     bits: int = Field(ge=1, le=8)
     group: int = Field(ge=1)
     symmetric: bool = False
@@ -84,6 +86,17 @@ class BranchSpec(_Spec):
     up_bias: bool = False
     gate_bias: bool = False
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> BranchSpec:
+        neurons, d_model = self.up.shape
+        if self.down.shape != (d_model, neurons):
+            raise ValueError(f"down has shape {self.down.shape}, up of shape {self.up.shape} needs its transpose")
+        if self.gate is not None and self.gate.shape != self.up.shape:
+            raise ValueError(f"gate has shape {self.gate.shape}, up has {self.up.shape}")
+        if self.gate_bias and self.gate is None:
+            raise ValueError("gate_bias is set and there is no gate")
+        return self
+
     @property
     def neurons(self) -> int:
         return self.up.shape[0]
@@ -100,10 +113,19 @@ class BranchSpec(_Spec):
 class SumSpec(_Spec):
     """A sum of branches, an optional linear map and an optional bias: ``sum_b branch_b(x) + linear(x) + bias``."""
 
-    d_model: int
+    d_model: PositiveInt
     branches: tuple[BranchSpec, ...] = ()
     linear: ProjectionSpec | None = None
     bias: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SumSpec:
+        for branch in self.branches:
+            if branch.up.shape[1] != self.d_model:
+                raise ValueError(f"a branch takes {branch.up.shape[1]} inputs and d_model is {self.d_model}")
+        if self.linear is not None and self.linear.shape != (self.d_model, self.d_model):
+            raise ValueError(f"linear has shape {self.linear.shape} and d_model is {self.d_model}")
+        return self
 
     @property
     def neurons(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,8 @@ class Branch(nn.Module):
         gate_bias: Float[Tensor, " neurons"] | None = None,
     ) -> None:
         super().__init__()
-        self.act = act
+        # A copy: branches of one FFN must not share an activation's parameters, files hold no tensor twice.
+        self.act = copy.deepcopy(act)
         self.up = up
         self.gate = gate
         self.down = down
@@ -138,27 +140,40 @@ class SumFFN(nn.Module):
     def to_weights(self, dtype: torch.dtype | None = None) -> FFNWeights:
         """The same function as one dense FFN: branches decoded and concatenated.
 
+        Args:
+            dtype: of all tensors; None leaves each as it is stored (packed codes become float32).
+
         Raises:
-            ModelError: the sum has a linear map or no branch at all, which no dense FFN of this shape expresses.
+            ModelError: the sum has a linear map or no branch at all, or branches with and without a gate, which no
+                dense FFN of this shape expresses.
         """
         branches = self._branches()
         if self.linear is not None or not branches:
             raise ModelError("a dropped FFN or one with a linear map cannot be written as dense up/gate/down weights")
-
-        def rows(parts: Sequence[Tensor | None]) -> Tensor | None:
-            present = [part for part in parts if part is not None]
-            return torch.cat(present) if len(present) == len(parts) else None
-
+        gates = [branch.gate for branch in branches if branch.gate is not None]
+        if len(gates) not in (0, len(branches)):
+            raise ModelError("branches with and without a gate cannot be written as one dense FFN")
         up = torch.cat([branch.up.dense(dtype) for branch in branches])
         return FFNWeights(
             up=up,
             down=torch.cat([branch.down.dense(dtype) for branch in branches], dim=1),
             act=branches[0].act,
-            gate=rows([None if branch.gate is None else branch.gate.dense(dtype) for branch in branches]),
-            up_bias=rows([branch.up_bias for branch in branches]),
-            gate_bias=rows([branch.gate_bias for branch in branches]),
-            down_bias=self.bias,
+            gate=torch.cat([gate.dense(dtype) for gate in gates]) if gates else None,
+            up_bias=_joined_biases([branch.up_bias for branch in branches], branches, up.dtype),
+            gate_bias=_joined_biases([branch.gate_bias for branch in branches], branches, up.dtype),
+            down_bias=None if self.bias is None else self.bias.to(dtype or self.bias.dtype),
         )
+
+
+def _joined_biases(
+    biases: Sequence[Tensor | None], branches: Sequence[Branch], dtype: torch.dtype
+) -> Float[Tensor, " neurons"] | None:
+    """The biases of all branches in a row; zeros for a branch without one; None if no branch has any."""
+    present = next((bias for bias in biases if bias is not None), None)
+    if present is None:
+        return None
+    zeros = (present.new_zeros(branch.up.spec.shape[0]) for branch in branches)
+    return torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]).to(dtype)
 
 
 def dense_branch(ffn: FFNWeights) -> Branch:

@@ -33,17 +33,19 @@ def dequantize(
     """
     groups = scale_bits.shape[1]
     codes = unpack(packed, bits, columns)
-    scale = scale_bits.view(torch.float16).to(dtype)
+    # bfloat16 cannot hold a float16 scale: rounding it first would shift all weights of a group the same way.
+    work = torch.float32 if dtype == torch.bfloat16 else dtype
+    scale = scale_bits.view(torch.float16).to(work)
     if packed_zero is None:
-        zero = torch.full((), 2 ** (bits - 1), dtype=dtype, device=packed.device).expand_as(scale)
+        zero = torch.full((), 2 ** (bits - 1), dtype=work, device=packed.device).expand_as(scale)
     else:
-        zero = unpack(packed_zero, bits, scale.numel()).view_as(scale).to(dtype)
+        zero = unpack(packed_zero, bits, scale.numel()).view_as(scale).to(work)
     if groups * group == columns:
-        grouped = codes.view(-1, groups, group).to(dtype)
-        return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(-1, columns)
+        grouped = codes.view(-1, groups, group).to(work)
+        return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(-1, columns).to(dtype)
     scale = scale.repeat_interleave(group, dim=1)[:, :columns]
     zero = zero.repeat_interleave(group, dim=1)[:, :columns]
-    return (codes.to(dtype) - zero) * scale
+    return ((codes.to(work) - zero) * scale).to(dtype)
 
 
 def packed_linear(

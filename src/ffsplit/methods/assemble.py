@@ -77,7 +77,7 @@ def _draft(data: LayerData, part: Part) -> Branch:
     """The branch with its inner projections compressed; `down` is an exact stand-in until it is fitted."""
     ffn, spec, dtype = data.ffn.take(part.neurons), part.spec, data.ffn.up.dtype
     inner_is_dense = isinstance(spec.up, DenseSpec)
-    gram = None if inner_is_dense or part.how in DATA_FREE else data.statistics.input_gram
+    gram = None if inner_is_dense or part.how in DATA_FREE else data.moments.input_gram
     inner = [ffn.up] if ffn.gate is None else [ffn.up, ffn.gate]
     up, *gate = compress_together(inner, spec.up, part.how, gram, dtype, part.polish)
     down = compress(ffn.down, DenseSpec(shape=spec.down.shape), part.how, None, dtype)

@@ -137,19 +137,31 @@ def heavy_count(shape: FFNShape, heavy: float) -> int:
 
 def _linear_structure(shape: FFNShape, config: FFSplitConfig, budget: int) -> SumSpec:
     """Heavy neurons and a low-rank linear map; by default the map gets a tenth of the budget."""
-    if config.heavy is None:
-        heavy = width_for(shape, budget - int(LINEAR_SHARE * budget))
-    else:
-        heavy = heavy_count(shape, config.heavy)
+    heavy = _heavy_beside_map(shape, budget) if config.heavy is None else heavy_count(shape, config.heavy)
     left = budget - heavy * shape.neuron_parameters - shape.d_model * shape.down_bias
     rank = min(left // (2 * shape.d_model), shape.d_model)
     if rank < 1:
-        smallest = (heavy * shape.neuron_parameters + 2 * shape.d_model) / shape.parameters
+        needed = heavy * shape.neuron_parameters + shape.d_model * shape.down_bias + 2 * shape.d_model
+        smallest = needed / shape.parameters
         raise BudgetError(
             f"keep={config.keep} leaves nothing for the linear map beside {heavy} heavy neurons; the smallest "
             f"reachable keep is {smallest:.4f} (or lower `heavy`)"
         )
     return sum_spec(shape, [dense_branch_spec(shape, heavy)], bias=shape.down_bias, linear_rank=rank)
+
+
+def _heavy_beside_map(shape: FFNShape, budget: int) -> int:
+    """As many heavy neurons as fit beside a map that gets its share of the budget, and rank 1 at least."""
+    least = 2 * shape.d_model
+    try:
+        return width_for(shape, budget - max(int(LINEAR_SHARE * budget), least))
+    except BudgetError:
+        neuron = shape.neuron_parameters + shape.d_model * shape.down_bias
+        smallest = max(neuron / (1 - LINEAR_SHARE), neuron + least) / shape.parameters
+        raise BudgetError(
+            f"keep leaves no heavy neuron of d_ff={shape.d_ff} beside the linear map; the smallest reachable keep is "
+            f"{smallest:.4f}"
+        ) from None
 
 
 def _low_bit_structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
@@ -175,7 +187,7 @@ def _heavy_counts(shape: FFNShape, config: FFSplitConfig) -> list[int]:
     align = min(config.group, shape.d_ff)
     if config.heavy is None:
         return list(range(shape.d_ff // align * align, -1, -align))
-    return [round(heavy_count(shape, config.heavy) / align) * align]
+    return [min(round(heavy_count(shape, config.heavy) / align) * align, shape.d_ff)]
 
 
 def _low_bit_spec(shape: FFNShape, config: FFSplitConfig, heavy: int, rest_bits: int) -> SumSpec:
@@ -213,6 +225,8 @@ def ffsplit(data: LayerData, config: FFSplitConfig) -> SumFFN:
 
 def _heavy_neurons(spec: SumSpec, d_ff: int, *, linear: bool) -> int:
     """Neurons of the heavy branch; zero when the only branch is the rest."""
-    if linear or len(spec.branches) > 1:
+    if linear:
+        return spec.neurons
+    if len(spec.branches) > 1:
         return spec.branches[0].neurons
     return 0 if spec.neurons == d_ff else spec.neurons

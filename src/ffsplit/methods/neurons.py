@@ -40,7 +40,9 @@ def neuron_scores(data: LayerData, name: ScoreName, *, ridge: float = 1e-3) -> T
     if name == "random":
         generator = torch.Generator().manual_seed(data.seed)
         return scores.random_scores(ffn.d_ff, generator).to(ffn.up.device)
-    statistics = data.statistics
+    if name == "leverage":
+        return selection.leverage(data.statistics.hidden_gram, ridge)
+    statistics = data.moments
     square_sum = statistics.hidden_square_sum
     computed = {
         "output_norm": lambda: scores.output_norm(square_sum, ffn.down),
@@ -48,7 +50,6 @@ def neuron_scores(data: LayerData, name: ScoreName, *, ridge: float = 1e-3) -> T
         "wanda_sp": lambda: scores.wanda_sp(square_sum, ffn.down),
         "flap_variance": lambda: scores.flap_variance(statistics.hidden_variance, ffn.down),
         "minitron": lambda: scores.minitron(statistics.sequence_mean_square),
-        "leverage": lambda: selection.leverage(statistics.hidden_gram, ridge),
     }
     return computed[name]()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -42,11 +42,17 @@ class QuantizeConfig(MethodConfig):
     refit: bool = True
     ridge: float = Field(1e-2, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _data_free(cls, values: Any) -> Any:
+        """Round-to-nearest has no refit unless asked for (and then refused), so that a stored recipe says so."""
+        return {"refit": False, **values} if isinstance(values, dict) and values.get("rounding") == "rtn" else values
+
     @model_validator(mode="after")
     def _one_budget(self) -> QuantizeConfig:
         if (self.bits is None) == (self.code_bits is None):
             raise ValueError("give exactly one of bits and code_bits")
-        if self.refit and self.rounding == "rtn" and "refit" in self.model_fields_set:
+        if self.refit and self.rounding == "rtn":
             raise ValueError("refit needs rounding: gptq (round-to-nearest is the data-free baseline)")
         return self
 
@@ -91,4 +97,4 @@ def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
     spec = structure(FFNShape.of(data.ffn), config)
     neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
     part = Part(neurons, spec.branches[0], config.rounding, config.polish)
-    return fit_parts(data, [part], spec, refit=config.refit and config.needs_data, ridge=config.ridge)
+    return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge)

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -29,7 +29,7 @@ class MethodConfig(BaseModel):
     FFN weight, with scales, zeros and biases counted); which of the two a method takes is its own matter.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     method: str
 
     @property
@@ -141,9 +141,9 @@ def methods() -> dict[str, Method]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """A hint that names the closest known word, or nothing."""
+    """The end of a sentence: a hint that names the closest known word, or a full stop."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def get_method(name: str) -> Method:
@@ -171,12 +171,12 @@ def method_config(values: dict[str, Any]) -> MethodConfig:
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """A pydantic error as one readable sentence a problem."""
-    known = list(model.model_fields)
     lines = []
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            last = str(problem["loc"][-1])
+            *parents, last = map(str, problem["loc"])
+            known = list(_inner(model, parents).model_fields)
             lines.append(f"unknown key {field!r}{nearest(last, known)} Allowed: {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"{field} is required")
@@ -184,3 +184,13 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{field}: {message} (got {problem['input']!r})" if field else message)
     return f"{where}: " + "; ".join(lines)
+
+
+def _inner(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The model that a path of field names (and list indices, which are skipped) leads to."""
+    for name in path:
+        if name in model.model_fields:
+            annotation = model.model_fields[name].annotation
+            inside = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+            model = next((part for part in inside if issubclass(part, BaseModel)), model)
+    return model

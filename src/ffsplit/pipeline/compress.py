@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ffsplit.calibrate.batches import CalibrationInput, make_batches
+from ffsplit.calibrate.batches import Batches, CalibrationInput, make_batches
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.calibrate.devices import visiting
 from ffsplit.calibrate.drift import DriftMeter
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.calibrate.tokens import max_positions
-from ffsplit.errors import CannotRunError, ModelError
-from ffsplit.families import FFNs, FFNSite, check_finite, find_ffns, read, replace, verify
+from ffsplit.errors import CannotRunError, ModelError, RecipeError
+from ffsplit.families import FFNs, FFNSite, check_dtypes, check_finite, find_ffns, read, replace, verify
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.methods.registry import get_method
+from ffsplit.methods.registry import MethodConfig, get_method
 from ffsplit.pipeline.job import Job, linear_parameters, make_report
 from ffsplit.pipeline.journal import Journal
 from ffsplit.pipeline.load import open_source
@@ -35,6 +35,7 @@ from ffsplit.provenance import hash_model
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+TOKENS_PER_NEURON = 8
 
 
 def compress(
@@ -44,7 +45,7 @@ def compress(
     recipe: str | Path | dict[str, Any] | Recipe = "ffsplit",
     keep: float | None = None,
     bits: float | None = None,
-    calibration: CalibrationInput | None = None,
+    calibration: CalibrationInput | Path | None = None,
     field: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -82,11 +83,15 @@ def compress(
     """
     asked = {"field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
     overrides = {name: value for name, value in asked.items() if value is not None}
+    if isinstance(calibration, Path):
+        calibration = str(calibration)
     if isinstance(calibration, str):
         overrides["source"] = calibration
     resolved = load_recipe(recipe, keep=keep, bits=bits, calibration=overrides, seed=seed)
     if isinstance(model, str | Path):
         model, tokenizer = _load(str(model), tokenizer, resolved, dtype)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model is a {type(model).__name__}; it must be a transformers model, or the name of one")
     source = calibration if calibration is not None else resolved.calibration.source
     where = torch.device(device) if device is not None else default_device()
     with evaluating(model):
@@ -120,14 +125,16 @@ def cache_home(device: torch.device, tokens: int, d_model: int) -> torch.device:
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no key-value cache while a model is worked on; both are put back."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    training = {name: module.training for name, module in model.named_modules()}
+    use_cache = getattr(model.config, "use_cache", None)
     model.eval()
     if use_cache is not None:
         model.config.use_cache = False
     try:
         yield
     finally:
-        model.train(training)
+        for name, module in model.named_modules():  # a module that was put in meanwhile follows the model
+            module.training = training.get(name, training[""])
         if use_cache is not None:
             model.config.use_cache = use_cache
 
@@ -162,9 +169,17 @@ def refuse_compressed(config: Any, name: str) -> None:
 
 
 def plan_for(model: PreTrainedModel, found: FFNs, recipe: Recipe) -> Plan:
-    """The plan of a recipe for the FFNs that were found. Works on the meta device."""
+    """The plan of a recipe for the FFNs that were found. Works on the meta device.
+
+    Raises:
+        RecipeError: no FFN would change.
+        BudgetError: a budget is out of reach.
+    """
     shapes = [FFNShape.of(read(model, site)) for site in found.sites]
-    return make_plan(found.sites, shapes, recipe.methods_for(len(found.sites)))
+    configs = recipe.methods_for(len(found.sites))
+    if not any(configs):
+        raise RecipeError(f"the overrides leave all {len(configs)} FFNs as they are, so there is nothing to do")
+    return make_plan(found.sites, shapes, configs)
 
 
 def _prepare(
@@ -177,8 +192,11 @@ def _prepare(
 ) -> Job:
     """Everything that can refuse the input, before the long work."""
     refuse_compressed(model.config, type(model).__name__)
+    if any(isinstance(module, SumFFN) for module in model.modules()):
+        raise ModelError(f"{type(model).__name__} has been compressed already; start from the dense model")
     found = find_ffns(model)
     plan = plan_for(model, found, recipe)
+    check_dtypes(model, found.sites)
     check_finite(model, found.sites)
     verify(model, found.sites)
     wanted = recipe.calibration
@@ -192,7 +210,18 @@ def _prepare(
         batch_size=wanted.batch_size,
     )
     configs = recipe.methods_for(len(found.sites))
+    _warn_of_little_text(data, configs, max(site.d_ff for site in found.sites))
     return Job(model, found, recipe, plan, configs, data, device, progress, hash_model(model), linear_parameters(model))
+
+
+def _warn_of_little_text(data: Batches, configs: list[MethodConfig | None], d_ff: int) -> None:
+    """A fit over ``d_ff`` neurons from hardly more tokens than that follows the text, not the model."""
+    fitted = any(config is not None and config.needs_data for config in configs)
+    if fitted and data.windows is not None and data.tokens < TOKENS_PER_NEURON * d_ff:
+        logger.warning(
+            "%s tokens of calibration text are few for FFNs of %s neurons; quality gains from several times as many "
+            "(samples is %s)", f"{data.tokens:,}", f"{d_ff:,}", data.samples,
+        )  # fmt: skip
 
 
 def _with_data(recipe: Recipe, data: Batches, *, named: bool) -> Recipe:
@@ -250,7 +279,7 @@ def _run_block(
                 log.store(index, module, notes)
         job.notes.append(notes)
         replace(job.model, site, module.to(_weight_device(job.model, site)))
-    for store in inputs.values():
+    for store in (*inputs.values(), *([corrections] if corrections is not None else [])):
         store.drop()
     if job.recipe.propagate:
         replay.advance(block)

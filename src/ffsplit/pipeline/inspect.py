@@ -18,7 +18,7 @@ from ffsplit.calibrate.devices import visiting
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.calibrate.statistics import FFNStatistics, collect
 from ffsplit.calibrate.tokens import max_positions
-from ffsplit.errors import ModelError
+from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, FFNSite, find_ffns, read, verify
 from ffsplit.ops.scores import output_norm
 from ffsplit.pipeline.compress import default_device, evaluating, refuse_compressed
@@ -247,12 +247,10 @@ def gini(values: Float[Tensor, " n"]) -> float:
 
 def _look(source: Source) -> tuple[PreTrainedModel, FFNs]:
     """The model without weights and its FFNs; with weights if its code needs them to run."""
+    skeleton = source.skeleton()
     try:
-        skeleton = source.skeleton()
         return skeleton, find_ffns(skeleton)
-    except ModelError:
-        raise
-    except (RuntimeError, NotImplementedError, ValueError):
+    except CannotRunError:
         loaded = source.load()
         return loaded, find_ffns(loaded)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,7 +39,7 @@ class Journal:
         identity: what the run depends on (recipe, model, data, versions); a journal of another identity is refused.
 
     Raises:
-        ResumeError: the directory holds a journal of another run.
+        ResumeError: the directory holds a journal of another run, or a damaged one.
     """
 
     def __init__(self, directory: str | Path, identity: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class Journal:
         file = self.directory / _IDENTITY
         identity = json.loads(json.dumps(identity, default=str))
         if file.exists():
-            found = json.loads(file.read_text())
+            found = _read_identity(file)
             if found != identity:
                 differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
                 raise ResumeError(
@@ -78,17 +78,34 @@ class Journal:
         os.replace(partial, file)
 
     def load(self, index: int, act: nn.Module, dtype: torch.dtype) -> tuple[SumFFN, dict[str, Any]]:
-        """Read one finished FFN and its notes."""
-        with safe_open(self._file(index), framework="pt") as stored:
-            metadata = stored.metadata()
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        """Read one finished FFN and its notes.
+
+        Raises:
+            ResumeError: the file is damaged.
+        """
+        file = self._file(index)
+        try:
+            with safe_open(file, framework="pt") as stored:
+                metadata = stored.metadata()
+                state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ResumeError(f"{file} is damaged ({error}); remove it to fit that FFN again") from error
         module = SumFFN.empty(SumSpec.model_validate_json(metadata["spec"]), act, dtype, "cpu")
         module.load_state_dict({**module.state_dict(), **state})
+        module.requires_grad_(False)
         return module, json.loads(metadata["notes"])
 
     def remove(self) -> None:
         """Delete the journal: the result is safe elsewhere."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _read_identity(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResumeError(f"{file} is damaged ({error}); remove the directory to start afresh") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _write_whole(file: Path, content: bytes) -> None:

@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from ffsplit.errors import ModelError
+from ffsplit.errors import FFSplitError, ModelError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "source.spm")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+)
+# Weights that a finished model may lack: a pooler that training never used, a vector that only training uses.
+DISPENSABLE = ("pooler", "masked_spec_embed")
 
 
 @dataclass(frozen=True)
@@ -39,21 +50,38 @@ class Source:
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        """The class that the checkpoint was saved from, or the bare model when it does not say."""
-        for architecture in self.config.architectures or ():
-            found = getattr(transformers, architecture, None)
-            if found is not None:
-                return found  # type: ignore[no-any-return]
+        """The class that the checkpoint was saved from, or the bare model when it does not say.
+
+        Raises:
+            ModelError: transformers has no class of that name. The bare model in its place would lose the head.
+        """
+        named = self.config.architectures or ()
+        for architecture in named:
+            found = getattr(transformers, str(architecture), None)
+            if isinstance(found, type) and issubclass(found, PreTrainedModel):
+                return found
+        if named:
+            raise ModelError(
+                f"{self.name}: config.json names the architecture {named!r}, which transformers "
+                f"{transformers.__version__} does not have"
+            )
         if self.gguf_file is not None:
             return transformers.AutoModelForCausalLM  # type: ignore[no-any-return]
         return AutoModel  # type: ignore[no-any-return]
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device: enough to find FFNs and make a plan."""
-        config = copy.deepcopy(self.config)
-        with torch.device("meta"):
-            build = getattr(self.model_class, "from_config", None) or self.model_class._from_config
-            return build(config)  # type: ignore[no-any-return]
+        """The model without weights, on the meta device: enough to find FFNs and make a plan.
+
+        Raises:
+            ModelError: no model can be built from the configuration.
+        """
+        config, kind = copy.deepcopy(self.config), self.model_class
+        build = getattr(kind, "from_config", None) or kind._from_config
+        try:
+            with torch.device("meta"):
+                return build(config)  # type: ignore[no-any-return]
+        except Exception as error:  # a wrong value in config.json surfaces as anything, wherever it is first used
+            raise ModelError(f"{self.name}: no model can be built from its config.json: {_named(error)}") from error
 
     def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model with its weights, on the CPU, in eval mode.
@@ -65,11 +93,12 @@ class Source:
             ModelError: the weights cannot be read, or some of the FFN weights are missing in the files.
         """
         wanted: Any = dtype or (torch.float32 if self.gguf_file is not None else "auto")
+        kind = self.model_class
         try:
-            model, info = self.model_class.from_pretrained(
-                self.location, dtype=wanted, output_loading_info=True, **self._options
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            model, info = kind.from_pretrained(self.location, dtype=wanted, output_loading_info=True, **self._options)
+        except FFSplitError:
+            raise
+        except Exception as error:  # the readers of each weight format have errors of their own
             raise ModelError(f"{self.name}: transformers could not load the weights: {error}") from error
         _refuse_missing(self.name, model, info.get("missing_keys", ()))
         if self.gguf_file is not None:
@@ -85,7 +114,7 @@ class Source:
             return None
         try:
             return AutoTokenizer.from_pretrained(self.location, **self._options)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged tokenizer files surface as anything
             if folder.is_dir():
                 raise ModelError(f"{self.name}: the tokenizer cannot be read: {error}") from error
             return None
@@ -98,6 +127,8 @@ def open_source(name: str) -> Source:
         ModelError: no such file, folder or hub id; not a model; already quantised by something else.
     """
     path = Path(name).expanduser()
+    if max(map(len, path.parts), default=0) > 255:
+        raise ModelError(f"model {name[:60]!r}...: a name of more than 255 characters is no file, folder or hub id")
     location, gguf_file = str(path), None
     if path.suffix == ".gguf" or path.is_file():
         if not path.is_file():
@@ -115,8 +146,10 @@ def open_source(name: str) -> Source:
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         config = AutoConfig.from_pretrained(location, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name}: no model can be read there: {first_line(error)}") from error
+    except FFSplitError:
+        raise
+    except Exception as error:  # every configuration class checks its fields in its own way
+        raise ModelError(f"{name}: no model can be read there: {_named(error)}") from error
     return Source(name, location, gguf_file, config)
 
 
@@ -125,10 +158,18 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def _named(error: Exception) -> str:
+    """An error as one line; with its class when the message alone says little (``KeyError: 'gelu2'``)."""
+    words = " ".join(str(error).split()) if type(error).__name__.startswith("StrictDataclass") else first_line(error)
+    return words if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {words}"
+
+
 def _refuse_missing(name: str, model: PreTrainedModel, missing: Any) -> None:
     """Weights that no file provides were filled with random numbers; only a head may be (it is not ours to change)."""
-    base = model.base_model_prefix
-    inside = sorted(key for key in missing if key.startswith(f"{base}.") and "pooler" not in key)
+    # A bare model is its own body, and its weights have no prefix.
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lost = (key for key in missing if key.startswith(body))
+    inside = sorted(key for key in lost if not any(word in key for word in DISPENSABLE))
     if inside:
         raise ModelError(
             f"{name}: the checkpoint lacks weights of the model's body, first {inside[0]!r}; refusing to go on"

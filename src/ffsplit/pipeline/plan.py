@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny
+from pydantic import BaseModel, ConfigDict
 
 from ffsplit.errors import BudgetError
 from ffsplit.families.site import FFNSite
@@ -13,6 +13,7 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
 from ffsplit.methods.registry import MethodConfig, get_method
+from ffsplit.pipeline.recipe import MethodField
 
 
 class PlannedFFN(BaseModel):
@@ -22,7 +23,7 @@ class PlannedFFN(BaseModel):
 
     site: dict[str, Any]
     shape: dict[str, Any]
-    method: SerializeAsAny[MethodConfig] | None
+    method: MethodField | None
     spec: SumSpec
 
     @property

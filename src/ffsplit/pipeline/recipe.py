@@ -104,7 +104,7 @@ class Recipe(_Block):
     calibration: Calibration = Calibration()
     propagate: bool = True
     drift: float = Field(0.0, ge=0, le=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     def methods_for(self, count: int) -> list[MethodConfig | None]:
         """The method of each of ``count`` FFNs in execution order; None leaves an FFN as it is."""
@@ -129,8 +129,12 @@ def parse_indices(text: str, count: int) -> list[int]:
             stop = int(last) if dash else start
         except ValueError:
             raise RecipeError(f"ffns={text!r}: {part!r} is neither an index nor a range like 0-3") from None
-        if dash:
+        if stop < start:
+            raise RecipeError(f"ffns={text!r}: the range {part!r} is empty; write the smaller index first")
+        if dash and stop < count:
             indices.extend(range(start, stop + 1))
+        elif dash:
+            indices.append(stop)  # out of range, which is said below; the range may be too long to write out
         else:
             indices.append(start)
     for index in indices:
@@ -162,7 +166,9 @@ def load_recipe(
         RecipeError: unknown name, key or value; or a budget that the method does not take.
     """
     if isinstance(recipe, Recipe):
-        values = recipe.model_dump(mode="json")
+        # A default that nobody asked for stays one: the window length then gives way to what the model can take.
+        asked = recipe.calibration.model_dump(mode="json", exclude_unset=True)
+        values = {**recipe.model_dump(mode="json"), "calibration": asked}
     elif isinstance(recipe, dict):
         values = dict(recipe)
     else:
@@ -173,7 +179,10 @@ def load_recipe(
     if isinstance(method, dict):
         values["method"] = _with_budget(dict(method), keep, bits)
     if calibration:
-        values["calibration"] = {**(values.get("calibration") or {}), **calibration}
+        stated = values.get("calibration") or {}
+        if not isinstance(stated, dict):
+            raise RecipeError(f"recipe: calibration must be a mapping such as {{source: builtin}}, not {stated!r}")
+        values["calibration"] = {**stated, **calibration}
     if seed is not None:
         values["seed"] = seed
     try:
@@ -214,8 +223,10 @@ def _named_or_file(name: str) -> dict[str, Any]:
         raise RecipeError(f"recipe file {name} does not exist")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe file {name} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"recipe file {name} cannot be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe file {name} must hold a mapping with a 'method' key")
     return values

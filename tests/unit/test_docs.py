@@ -1,0 +1,101 @@
+"""The pages in docs/ that are made from the code are up to date, and what they point to exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from ffsplit.ffn.storage import Packed
+from ffsplit.methods.registry import methods
+from ffsplit.ops.rounding import encode, fit_grid
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    """``docs/generate.py``, which is a script and no package."""
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_methods_page_is_up_to_date(generator: ModuleType) -> None:
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run `make docs`"
+
+
+def test_methods_page_names_every_method_and_setting() -> None:
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    for name, method in methods().items():
+        section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+        assert section is not None, name
+        for setting in set(method.config.model_fields) - {"method"}:
+            row = re.search(rf"^\| `{setting}` \| .+ \| .+ \| (.*) \|$", section[1], re.MULTILINE)
+            assert row is not None, f"{name}.{setting} has no line"
+            assert row[1], f"{name}.{setting} has no meaning"
+
+
+def test_a_note_that_quotes_an_absent_row_is_refused(generator: ModuleType) -> None:
+    with pytest.raises(KeyError, match="no row 'nothing'"):
+        generator._filled("{nothing}", {"rows": []})
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_paths_that_the_pages_name_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`(src/ffsplit/[\w/.]+|benchmarks/[\w/.-]+|tests/[\w/.]+)`", text)
+    links = re.findall(r"\]\(([\w/.-]+)(?:#[\w-]*)?\)", text)
+    lost = [path for path in named if not (DOCS.parent / path).exists()]
+    lost += [path for path in links if not (DOCS / path).exists()]
+    assert lost == []
+
+
+@pytest.fixture(scope="module")
+def reader() -> dict[str, Any]:
+    """The functions that docs/checkpoint.md gives for reading packed projections without ffsplit."""
+    code = re.search(r"```python\n(.*?)\ntensors = ", (DOCS / "checkpoint.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    return names
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("columns", [24, 37])
+def test_packed_projections_can_be_read_without_ffsplit(
+    reader: dict[str, Any], bits: int, columns: int, symmetric: bool
+) -> None:
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(bits))
+    grid = fit_grid(weight, bits, 16, symmetric=symmetric)
+    packed = Packed.from_codes(encode(weight, grid, bits), grid, bits=bits, group=16, symmetric=symmetric)
+    tensors = {f"here.{name}": tensor.numpy() for name, tensor in packed.state_dict().items()}
+    read = reader["dense"](tensors, "here", packed.spec.model_dump())
+    assert torch.equal(torch.from_numpy(read).float(), packed.dense())
+
+
+def test_a_checkpoint_can_be_read_without_ffsplit(reader: dict[str, Any], compressed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    tensors = load_file(compressed / "model.safetensors")
+    ffns = json.loads((compressed / "config.json").read_text())["quantization_config"]["ffns"]
+    assert len(ffns) == 2
+    for ffn in ffns:
+        name = ffn["site"]["name"]
+        assert tensors[f"{ffn['site']['down']}.weight"].shape == (ffn["site"]["d_model"], 0)
+        for index, branch in enumerate(ffn["spec"]["branches"]):
+            for part in ("up", "gate", "down"):
+                path = f"{name}.branches.{index}.{part}"
+                read = torch.from_numpy(reader["dense"](tensors, path, branch[part])).float()
+                assert torch.equal(read, model.get_submodule(path).dense())

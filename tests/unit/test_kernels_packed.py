@@ -1,0 +1,100 @@
+"""Packed matrices: every bit width, ragged columns and groups, casts and gradients."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ffsplit.ffn.storage import Packed
+from ffsplit.kernels.packed import dequantize, packed_linear
+from ffsplit.ops.rounding import Grid, decode, round_to_nearest
+
+SHAPES = [(3, 1, 8), (5, 13, 4), (4, 16, 16), (7, 33, 8), (2, 40, 64), (6, 24, 7)]
+
+
+def example(bits: int, rows: int, columns: int, group: int, symmetric: bool = False) -> tuple[Packed, Tensor, Grid]:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits + columns))
+    codes, grid = round_to_nearest(weight, bits, group, symmetric=symmetric)
+    return Packed.from_codes(codes, grid, bits=bits, group=group, symmetric=symmetric), codes, grid
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_stored_matrix_is_the_decoded_one(
+    bits: int, rows: int, columns: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    packed, codes, grid = example(bits, rows, columns, group, symmetric)
+    assert torch.equal(packed.dense(dtype), decode(codes, grid, dtype))
+    assert sum(8 * tensor.nbytes for tensor in packed.state_dict().values()) == packed.spec.stored_bits(16)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_forward_multiplies_by_the_decoded_matrix(bits: int) -> None:
+    packed, codes, grid = example(bits, 5, 13, 4)
+    x = torch.randn(2, 3, 13)
+    torch.testing.assert_close(packed(x), x @ decode(codes, grid, torch.float32).T)
+
+
+def test_one_bit() -> None:
+    packed, codes, grid = example(1, 4, 9, 3)
+    assert torch.equal(packed.dense(), decode(codes, grid, torch.float32))
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+def test_casts_change_no_stored_bit(cast: Any) -> None:
+    packed, _, _ = example(3, 6, 20, 8)
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    weight = packed.dense().clone()
+    cast(nn.ModuleList([packed]))
+    assert all(torch.equal(packed.state_dict()[name], tensor) for name, tensor in before.items())
+    assert torch.equal(packed.dense(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    packed, _, _ = example(4, 6, 20, 8)
+    assert packed(torch.ones(2, 20, dtype=dtype)).dtype == dtype
+
+
+def test_gradients_reach_the_input() -> None:
+    packed, _, _ = example(4, 5, 13, 4)
+    x = torch.randn(3, 13, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(packed, (x,))
+    assert not list(packed.parameters())
+
+
+def test_the_state_survives_safetensors_and_a_fresh_module() -> None:
+    from safetensors.torch import load, save
+
+    packed, _, _ = example(5, 6, 21, 8)
+    stored = save(packed.state_dict())
+    fresh = Packed.empty(packed.spec, torch.bfloat16, torch.device("cpu"))
+    fresh.load_state_dict(load(io.BytesIO(stored).getvalue()))
+    assert torch.equal(fresh.dense(), packed.dense())
+
+
+def test_meta_tensors_pass() -> None:
+    packed = Packed.empty(example(3, 6, 21, 8)[0].spec, torch.float32, torch.device("meta"))
+    assert packed(torch.empty(2, 21, device="meta")).shape == (2, 6)
+
+
+def test_a_symmetric_grid_has_no_zeros() -> None:
+    packed, _, grid = example(4, 5, 13, 4, symmetric=True)
+    assert packed.zero is None
+    assert "zero" not in packed.state_dict()
+    assert bool((grid.zero == 8).all())
+
+
+def test_functions_and_modules_agree() -> None:
+    packed, _, _ = example(6, 5, 13, 4)
+    x = torch.randn(3, 13)
+    options: dict[str, Any] = {"bits": 6, "group": 4}
+    weight = dequantize(packed.codes, packed.scale, packed.zero, columns=13, dtype=torch.float32, **options)
+    assert torch.equal(weight, packed.dense())
+    assert torch.equal(packed_linear(x, packed.codes, packed.scale, packed.zero, **options), packed(x))
