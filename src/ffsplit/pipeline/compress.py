@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ffsplit.calibrate.batches import Batches, CalibrationInput, make_batches
+from ffsplit.calibrate.batches import Batches, CalibrationInput, is_causal, make_batches
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.calibrate.devices import visiting
 from ffsplit.calibrate.drift import DriftMeter
@@ -29,7 +29,7 @@ from ffsplit.pipeline.job import Job, linear_parameters, make_report
 from ffsplit.pipeline.journal import Journal
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.plan import Plan, make_plan
-from ffsplit.pipeline.recipe import Recipe, load_recipe
+from ffsplit.pipeline.recipe import DEFAULT_DOCUMENTS, Recipe, load_recipe
 from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import hash_model
 
@@ -206,7 +206,7 @@ def _prepare(
         source,
         field=wanted.field,
         seq_len=_seq_len(model, recipe),
-        samples=wanted.samples,
+        samples=_samples(model, recipe),
         batch_size=wanted.batch_size,
     )
     configs = recipe.methods_for(len(found.sites))
@@ -230,6 +230,13 @@ def _with_data(recipe: Recipe, data: Batches, *, named: bool) -> Recipe:
     if data.windows is not None:
         facts["seq_len"] = data.windows.seq_len
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=facts)})
+
+
+def _samples(model: PreTrainedModel, recipe: Recipe) -> int:
+    """How many sequences: what was asked for, or the default, which is far more where a sequence is one document."""
+    if is_causal(model) or "samples" in recipe.calibration.model_fields_set:
+        return recipe.calibration.samples
+    return DEFAULT_DOCUMENTS
 
 
 def _seq_len(model: PreTrainedModel, recipe: Recipe) -> int:

@@ -13,6 +13,9 @@ from ffsplit.errors import RecipeError
 from ffsplit.methods.registry import MethodConfig, explain, get_method, method_config, methods, nearest
 
 DEFAULT_BITS = 4.0
+DEFAULT_DOCUMENTS = 1024
+"""Calibration sequences of a model that reads documents, unless a number is asked for: these are short,
+and a fit over thousands of neurons needs tens of thousands of tokens."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ffsplit-paper-lowrank": {
@@ -61,7 +64,7 @@ class Calibration(_Block):
     Attributes:
         source: ``builtin``, a file, a folder, or a dataset id.
         field: column of a structured source.
-        samples: windows (or documents, for encoders) used.
+        samples: windows used; documents for encoders, 1,024 of them unless this is given.
         seq_len: tokens per window.
         batch_size: windows per forward pass.
     """
