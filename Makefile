@@ -21,7 +21,7 @@ demo: $(STAMP)
 # The second run checks every annotated tensor shape while the tests run (torch.compile cannot trace such checks).
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 tests/property tests/unit/test_kernels_packed.py -k "not compile" \
+	$(BIN)/python -m pytest -n 2 tests/property tests/unit/test_kernels_packed.py -k "not compile and not full_graph" \
 		--jaxtyping-packages=ffsplit.ops,ffsplit.kernels,ffsplit.ffn,ffsplit.methods,beartype.beartype
 
 test-slow: $(STAMP)
