@@ -219,7 +219,9 @@ def test_t5_with_its_output_projection_in_float32() -> None:
     model = tiny("t5-v1.1").to(torch.bfloat16)
     for site in find_ffns(model).sites:
         model.get_submodule(site.down).float()
-    verify(model, find_ffns(model).sites)
+    sites = find_ffns(model).sites
+    verify(model, sites)
+    assert {model.get_submodule(site.down).weight.dtype for site in sites} == {torch.float32}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

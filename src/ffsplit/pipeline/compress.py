@@ -96,14 +96,19 @@ def compress(
     where = torch.device(device) if device is not None else default_device()
     with evaluating(model):
         job = _prepare(model, tokenizer, resolved, source, where, progress)
-        started = time.perf_counter()
-        log = Journal(journal, job.identity()) if journal is not None else None
-        home = cache_home(where, job.data.tokens, job.found.sites[0].d_model)
-        with TensorCache(cache_dir, home) as cache, TensorCache(cache_dir, home) as drift_cache:
-            _run(job, cache, drift_cache, log)
-        seconds = time.perf_counter() - started
+        seconds = _timed_run(job, journal, cache_dir)
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
     return CompressionResult(model, job.plan, resolved, make_report(job, seconds), tokenizer)
+
+
+def _timed_run(job: Job, journal: str | Path | None, cache_dir: str | Path | None) -> float:
+    """The long work; how many seconds it took."""
+    started = time.perf_counter()
+    log = Journal(journal, job.identity()) if journal is not None else None
+    home = cache_home(job.device, job.data.tokens, job.found.sites[0].d_model)
+    with TensorCache(cache_dir, home) as cache, TensorCache(cache_dir, home) as drift_cache:
+        _run(job, cache, drift_cache, log)
+    return time.perf_counter() - started
 
 
 def default_device() -> torch.device:
