@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from ffsplit.cli.console import plain
 from ffsplit.cli.guard import guarded
 from ffsplit.cli.progress import Bars, Lines, _bars
 from ffsplit.errors import ModelError
+from ffsplit.plain import plain
 
 
 class Clock:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
 import secrets
 import shutil
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from safetensors import SafetensorError
@@ -24,8 +22,7 @@ from ffsplit.checkpoint.reload import reload_and_compare
 from ffsplit.checkpoint.stock import stock_model
 from ffsplit.errors import CheckpointError
 from ffsplit.pipeline.result import CompressionResult
-
-logger = logging.getLogger(__name__)
+from ffsplit.plain import plain
 
 PLAN_FILE = "ffsplit_plan.json"
 RECIPE_FILE = "ffsplit_recipe.yaml"
@@ -123,7 +120,7 @@ def _write(result: CompressionResult, model: PreTrainedModel, kind: Kind, folder
         if result.tokenizer is not None:
             result.tokenizer.save_pretrained(folder)
         recipe = yaml.safe_dump(result.recipe.model_dump(mode="json"), sort_keys=False)
-        report = json.dumps(_finite(result.report), indent=1, default=str, allow_nan=False)
+        report = json.dumps(plain(result.report), indent=1, allow_nan=False)
         (folder / PLAN_FILE).write_text(result.plan.model_dump_json(indent=1), encoding="utf-8")
         (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
@@ -136,15 +133,6 @@ def _write(result: CompressionResult, model: PreTrainedModel, kind: Kind, folder
             file.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder.parent}: the checkpoint could not be written: {error}") from error
-
-
-def _finite(value: Any) -> Any:
-    """Plain values with None for what JSON cannot express: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refuse_small_disk(model: PreTrainedModel, parent: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
+
+from ffsplit.plain import plain
 
 PLAIN_WIDTH = 120
 
@@ -39,17 +40,6 @@ def say(message: str) -> None:
 def print_json(document: Mapping[str, Any] | list[Any]) -> None:
     """One JSON document on stdout; numbers that are not finite become null."""
     typer.echo(json.dumps(plain(document), indent=2, allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """Plain JSON types all the way down, without NaN and infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ffsplit.cli import checks, loading, options
-from ffsplit.cli.console import plain, print_json, quiet, say
+from ffsplit.cli.console import print_json, quiet, say
 from ffsplit.cli.evaluation import show_evaluation
 from ffsplit.cli.progress import Report, reporting
 from ffsplit.cli.report import compression_document, show_compression
 from ffsplit.cli.tables import line, show_facts
 from ffsplit.errors import ModelError
+from ffsplit.plain import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ffsplit.evaluate.masked_lm import MaskedLM, compare_masked_models, masked_l
 from ffsplit.evaluate.perplexity import Perplexity, perplexity
 from ffsplit.evaluate.scoring import Progress
 from ffsplit.evaluate.size import Size, size_of
+from ffsplit.plain import plain
 from ffsplit.provenance import provenance
 
 CAUSAL_SEQ_LEN = 2048
@@ -53,8 +53,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: plain types only, and ``None`` for a number that is not finite."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        document: dict[str, Any] = plain(asdict(self))
+        return document
 
     def describe(self) -> list[str]:
         """Lines for a person."""
@@ -184,11 +184,3 @@ def _masked(
         return {"quality": masked_lm(model, windows, **options)}
     both = compare_masked_models(against, model, windows, **options)
     return {"quality": both.compressed, "dense": both.dense, "agreement": both.agreement}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,7 +24,6 @@ from ffsplit.methods.compressors import DATA_FREE, How, compress, compress_toget
 from ffsplit.ops.least_squares import refit_down
 from ffsplit.ops.linalg import diagonal_scale, solve_psd
 
-Hidden = Callable[[Float[Tensor, "tokens d_model"]], Float[Tensor, "tokens hidden"]]
 Compress = Callable[[Float[Tensor, "d_model part"], Float[Tensor, "part part"]], Projection]
 
 
