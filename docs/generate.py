@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.methods.registry import Method, MethodConfig, methods
+from ffsplit.methods.registry import EXAMPLE_BUDGETS, Method, MethodConfig, methods
 from ffsplit.pipeline.recipe import DEFAULT_BITS, PRESETS
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "methods.md"
 RESULTS = DOCS.parent / "benchmarks" / "results" / "table.json"
+NOTES = DOCS / "notes"
+"""One file a method: when it pays and when it does not; ``{row}`` and ``{c4:row}`` stand for measured figures."""
 SHAPE = FFNShape(d_model=576, d_ff=1536, gated=True)
 """The FFN of SmolLM2-135M: every method can plan for it, no weights needed."""
 
@@ -47,64 +49,6 @@ field of the configuration, and a field for that width: an override for some lay
 leaves everything as it is gives a plain one with every method. "text: by settings": no text is needed for `rounding:
 rtn`, nor for `score: magnitude` or `random` with `refit: false`.
 """
-
-NOTES = {
-    "ffsplit": """
-With `keep`, the rest becomes by default one low-rank linear map of the input (`rest: linear`), to which a tenth of the
-budget goes unless `heavy` says otherwise. `rest: svd` and `rest: whitened` keep the rest's neurons, at a low rank.
-
-**It pays** under a `bits` budget: an eighth of the neurons in int8 and the rest in int3 (3.93 bits, all counted) reach
-{ffsplit 12.5 % int8 + int3 gptq + refit}; GPTQ with 3 bits for all reaches {gptq 3 + refit} and with 4 bits
-{gptq 4 + refit}, and without a split nothing lies between those two. It also pays wherever low rank is wanted: at
-`keep` 0.75 plain SVD of everything gives {svd 0.75}, and 30 % heavy neurons beside the same SVD give
-{ffsplit svd 30 % heavy 0.75}. The refit, which the paper does not have, moves 35 % heavy neurons beside a whitened rest
-at `keep` 0.5 from {ffsplit whitened 35 % heavy 0.5} to {ffsplit whitened 35 % heavy + refit 0.5}.
-
-**It does not pay** at the same `keep` against dropping the rest altogether and refitting `down`: `prune` with greedy
-OBS gives {prune greedy OBS + refit 0.75} at 0.75 and {prune greedy OBS + refit 0.5} at 0.5, and its result needs no
-ffsplit to load. The linear map at 0.5 gives {ffsplit linear 0.5} when the heavy neurons are chosen by output norm, and
-{ffsplit linear OBS 0.5} by greedy OBS.
-""",
-    "prune": """
-**It pays** when parameters have to go. Of what was measured in one pass it has the lowest perplexity at `keep` 0.75
-({prune greedy OBS + refit 0.75}) and 0.5 ({prune greedy OBS + refit 0.5}). The result is an ordinary, narrower FFN that
-any runtime makes faster, stored as a plain transformers checkpoint. The refit is most of it: by output norm at 0.75,
-{prune output norm 0.75} without it and {prune output norm + refit 0.75} with it. Choosing the neurons jointly matters
-more the less is kept: at 0.5, output norm gives {prune output norm + refit 0.5}, leverage
-{prune leverage + refit 0.5}, forward selection {prune forward + refit 0.5}. The recipe's `drift` moves greedy OBS at
-0.5 further, to {best: prune greedy OBS + refit 0.5, drift}.
-
-**It does not pay** when memory is the only aim: 4-bit codes (4.31 bits of 16, all counted) give {gptq 4 + refit}, three
-quarters of the neurons {prune greedy OBS + refit 0.75}. And refit and greedy selection fit the calibration text: on
-other text (C4) greedy OBS at 0.75 gives {c4:prune greedy OBS + refit 0.75} and output norm
-{c4:prune output norm + refit 0.75}, the other way round than on WikiText-2. Give them many more tokens than the FFN has
-neurons, or switch `refit` off.
-""",
-    "quantize": """
-**It pays** when memory or disk is the aim. With groups of 64, 4-bit codes take 4.31 stored bits per weight and 3-bit
-codes 3.30. GPTQ gives {gptq 4} and {gptq 3}; with `down` refitted before it is rounded, {gptq 4 + refit} and
-{gptq 3 + refit}. `rounding: rtn` needs no text at all and is good at 4 bits ({rtn 4}). GPTQ's rows were measured with
-`polish: 0`; the default of 3 adds rounds of coordinate descent over scales and codes.
-
-**It does not pay** at 3 bits without text ({rtn 3}), nor, as it stands, for speed: the forward decodes the matrix and
-multiplies densely, which takes longer than the dense FFN.
-""",
-    "svd": """
-**It pays** as a baseline and as a start for training: no text is needed, and it is quick.
-
-**It does not pay** as a compressor by itself: the weights of an FFN have no low rank. At `keep` 0.75 the perplexity is
-{svd 0.75}. A matrix gets smaller only below the rank `d_ff * d_model / (d_ff + d_model)`.
-""",
-    "whitened-svd": """
-**It pays** over `svd` wherever there is text: at `keep` 0.75, {whitened svd 0.75} instead of {svd 0.75}, and with the
-refit of `down` {whitened svd + refit 0.75}.
-
-**It does not pay** against `prune`. At 0.75 pruning by plain output norm gives {prune output norm + refit 0.75}; at 0.5
-it gives {prune output norm + refit 0.5}, whitened SVD {whitened svd 0.5} without and {whitened svd + refit 0.5} with
-the refit. It also leans on the calibration text: on C4 it gives {c4:whitened svd + refit 0.75} at 0.75, pruning by
-output norm {c4:prune output norm + refit 0.75}.
-""",
-}
 
 
 def page() -> str:
@@ -172,11 +116,11 @@ def _section(method: Method, results: dict[str, Any]) -> str:
     introduction = (
         f"## {method.name}\n\n{_sentence(method.summary)} Paper: {method.paper}. As a sum: {method.as_sum}.\n"
     )
-    if method.name not in NOTES:
-        raise KeyError(
-            f"docs/generate.py has no note on the method {method.name!r}: say when it pays and when it does not"
-        )
-    return "\n".join([introduction, _settings(method.config), _wrapped(_filled(NOTES[method.name], results)), ""])
+    note = NOTES / f"{method.name}.md"
+    if not note.is_file():
+        raise KeyError(f"docs/notes has no {note.name}: say when the method pays and when it does not")
+    words = _filled(note.read_text(encoding="utf-8"), results)
+    return "\n".join([introduction, _settings(method.config), _wrapped(words), ""])
 
 
 def _sentence(text: str) -> str:
@@ -206,17 +150,13 @@ def needs_data(method: Method) -> str:
 
 def stored_as(method: Method) -> str:
     """The kind of checkpoint that its structure leads to: plain transformers takes one dense branch, nothing else."""
-    specs = [method.plan(SHAPE, _config(method, **extra)) for extra in _variants(method)]
-    plain = [
-        len(spec.branches) == 1 and spec.linear is None and all(part.kind == "dense" for part in spec.projections)
-        for spec in specs
-    ]
+    plain = [method.plan(SHAPE, _config(method, **extra)).is_one_dense_branch for extra in _variants(method)]
     return "plain transformers" if all(plain) else "by settings" if any(plain) else "ffsplit"
 
 
 def _variants(method: Method) -> list[dict[str, Any]]:
     """Settings that may change what a method needs or gives."""
-    budgets: list[dict[str, Any]] = [{"keep": 0.5} if budget == "keep" else {"bits": 4.0} for budget in method.budget]
+    budgets: list[dict[str, Any]] = [{budget: EXAMPLE_BUDGETS[budget]} for budget in method.budget] or [{}]
     switches: list[dict[str, Any]] = [{}]
     if "rounding" in method.config.model_fields:
         switches.append({"rounding": "rtn"})
@@ -242,6 +182,7 @@ def _settings(config: type[MethodConfig]) -> str:
 
 _BUDGETS = {
     "keep": "share of the FFN's parameters that stay, above 0 and at most 1",
+    "sparsity": "share of the activations that are left out at run time, at least 0 and below 1",
     "symmetric": "no zero points",
 }
 

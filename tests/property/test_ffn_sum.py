@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
-from ffsplit.ffn.spec import BranchSpec, DenseSpec, LowRankSpec, PackedSpec, SumSpec
-from ffsplit.ffn.storage import Dense, LowRank
+from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, PackedSpec
+from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.calibrate.layer import LayerData, RefitSums
+from ffsplit.ffn.projections import Dense, LowRank, PackedSpec, Projection
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.ffn.spec import PackedSpec
-from ffsplit.ffn.storage import Dense, LowRank, Projection
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.methods.assemble import Part, Segment, fit_parts, fit_segments
 from ffsplit.methods.budgets import dense_branch_spec, low_rank_branch_spec, packed_branch_spec, sum_spec
-from ffsplit.methods.compressors import compress, compress_together
+from ffsplit.methods.compressors import SVD, WHITENED, Rounding
 from ffsplit.ops.least_squares import residual_energy
 from ffsplit.ops.lowrank import svd_factors, whitened_factors
 
@@ -162,11 +161,11 @@ def output_error(data: LayerData, module: SumFFN) -> float:
 
 
 KINDS = {
-    "dense": (lambda shape, n: dense_branch_spec(shape, n), "svd"),
-    "svd": (lambda shape, n: low_rank_branch_spec(shape, n, 3), "svd"),
-    "whitened": (lambda shape, n: low_rank_branch_spec(shape, n, 3), "whitened"),
-    "rtn": (lambda shape, n: packed_branch_spec(shape, n, 3, 8), "rtn"),
-    "gptq": (lambda shape, n: packed_branch_spec(shape, n, 3, 8), "gptq"),
+    "dense": (lambda shape, n: dense_branch_spec(shape, n), SVD),
+    "svd": (lambda shape, n: low_rank_branch_spec(shape, n, 3), SVD),
+    "whitened": (lambda shape, n: low_rank_branch_spec(shape, n, 3), WHITENED),
+    "rtn": (lambda shape, n: packed_branch_spec(shape, n, 3, 8), Rounding("rtn")),
+    "gptq": (lambda shape, n: packed_branch_spec(shape, n, 3, 8), Rounding("gptq")),
 }
 
 
@@ -198,8 +197,8 @@ def test_a_linear_map_beside_the_heavy_part() -> None:
     errors = []
     for rank in (None, 1, 8):
         spec = sum_spec(shape, [dense_branch_spec(shape, 12)], bias=True, linear_rank=rank or 0)
-        part = Part(heavy, spec.branches[0], "whitened")
-        module = fit_parts(data, [part], spec, refit=True, ridge=1e-6, linear_rank=rank)
+        part = Part(heavy, spec.branches[0], WHITENED)
+        module = fit_parts(data, [part], spec, refit=True, ridge=1e-6)
         assert module.spec == spec
         errors.append(output_error(data, module))
     assert errors[0] > errors[1] > errors[2]
@@ -211,7 +210,7 @@ def test_all_neurons_dense_reproduce_the_ffn_in_any_order() -> None:
     shape = FFNShape.of(data.ffn)
     order = torch.randperm(D_FF, generator=torch.Generator().manual_seed(0))
     spec = sum_spec(shape, [dense_branch_spec(shape, 10), dense_branch_spec(shape, 14)], bias=True)
-    parts = [Part(order[:10], spec.branches[0], "svd"), Part(order[10:], spec.branches[1], "svd")]
+    parts = [Part(order[:10], spec.branches[0], SVD), Part(order[10:], spec.branches[1], SVD)]
     for refit in (True, False):
         assert output_error(data, fit_parts(data, parts, spec, refit=refit, ridge=1e-3)) < 1e-5
 
@@ -223,7 +222,7 @@ def test_without_inner_error_the_statistics_are_enough() -> None:
     shape = FFNShape.of(data.ffn)
     kept = torch.tensor([3, 1, 20, 7, 9, 11])
     spec = sum_spec(shape, [dense_branch_spec(shape, 6)], bias=False)
-    module = fit_parts(data, [Part(kept, spec.branches[0], "svd")], spec, refit=True, ridge=0.0)
+    module = fit_parts(data, [Part(kept, spec.branches[0], SVD)], spec, refit=True, ridge=0.0)
     x = torch.cat(list(data.inputs)).double()
     wide = data.ffn.map(lambda tensor: tensor.double())
     h = wide.hidden(x)
@@ -241,7 +240,7 @@ def test_corrections_move_the_targets() -> None:
     moved = LayerData(data.ffn, data.inputs, corrections=corrections)
     shape = FFNShape.of(data.ffn)
     spec = sum_spec(shape, [dense_branch_spec(shape, D_FF)], bias=False)
-    part = Part(torch.arange(D_FF), spec.branches[0], "svd")
+    part = Part(torch.arange(D_FF), spec.branches[0], SVD)
     module = fit_parts(moved, [part], spec, refit=True, ridge=1e-6)
     x, asked = torch.cat(list(data.inputs)), torch.cat(list(corrections))
     target = data.ffn(x) + asked
@@ -254,8 +253,9 @@ def test_up_and_gate_rounded_together_are_those_rounded_alone() -> None:
     up, gate, x = (torch.randn(rows, 16, generator=generator) for rows in (6, 6, 40))
     spec, gram = PackedSpec(shape=(6, 16), bits=3, group=8), (x.T @ x).double()
     for how in ("gptq", "rtn"):
-        together = compress_together([up, gate], spec, how, gram, torch.float32, 2)  # type: ignore[arg-type]
-        alone = [compress(weight, spec, how, gram, torch.float32, 2) for weight in (up, gate)]  # type: ignore[arg-type]
+        rounding = Rounding(how, polish=2)  # type: ignore[arg-type]
+        together = rounding.together([up, gate], spec, gram, torch.float32)
+        alone = [rounding(weight, spec, gram, torch.float32) for weight in (up, gate)]
         for first, second in zip(together, alone, strict=True):
             torch.testing.assert_close(first.dense(), second.dense())
             assert first.spec == spec
@@ -265,6 +265,6 @@ def test_low_rank_without_a_gram_is_the_plain_svd() -> None:
     weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     spec = low_rank_branch_spec(FFNShape(9, 6, gated=False), 6, 2).up
     expected = torch.matmul(*svd_factors(weight, 2)).float()
-    for how in ("svd", "whitened"):
-        found = compress(weight, spec, how, None, torch.float32)  # type: ignore[arg-type]
+    for how in (SVD, WHITENED):
+        found = how(weight, spec, None, torch.float32)
         torch.testing.assert_close(found.dense(), expected)

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from ffsplit.ffn.storage import Packed
+from ffsplit.ffn.projections import Packed
 from ffsplit.methods.registry import methods
 from ffsplit.ops.rounding import encode, fit_grid
 

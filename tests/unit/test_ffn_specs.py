@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from ffsplit.ffn.projections import Packed
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
-from ffsplit.ffn.storage import Packed
 from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.ops.rounding import round_to_nearest

@@ -9,8 +9,7 @@ from torch import nn
 
 import ffsplit
 from ffsplit.errors import ResumeError
-from ffsplit.ffn.spec import DenseSpec
-from ffsplit.ffn.storage import Dense, LowRank, Packed
+from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, Packed
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ops.rounding import round_to_nearest
 from ffsplit.pipeline import compress as compress_module

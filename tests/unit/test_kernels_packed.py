@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffsplit.ffn.storage import Packed
+from ffsplit.ffn.projections import Packed
 from ffsplit.kernels.packed import dequantize, packed_linear
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ffsplit.checkpoint.card import describe_branch, describe_sum, model_card
-from ffsplit.ffn.spec import BranchSpec, DenseSpec, LowRankSpec, PackedSpec, SumSpec
+from ffsplit.checkpoint.card import model_card
+from ffsplit.ffn.projections import DenseSpec, LowRankSpec, PackedSpec
+from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.pipeline.plan import Plan, PlannedFFN
 
 DENSE = BranchSpec(up=DenseSpec(shape=(16, 8)), down=DenseSpec(shape=(8, 16)))
@@ -93,7 +94,7 @@ def test_an_empty_report_still_makes_a_card() -> None:
 def test_branches_in_words() -> None:
     packed = PackedSpec(shape=(16, 8), bits=3, group=8)
     mixed = BranchSpec(up=packed, gate=packed, down=LowRankSpec(shape=(8, 16), rank=4))
-    assert describe_branch(mixed) == "16 neurons, up int3 in groups of 8, gate int3 in groups of 8, down rank 4"
-    assert describe_sum(SumSpec(d_model=8)) == "dropped"
+    assert mixed.describe() == "16 neurons, up int3 in groups of 8, gate int3 in groups of 8, down rank 4"
+    assert SumSpec(d_model=8).describe() == "dropped"
     linear = SumSpec(d_model=8, branches=(DENSE,), linear=LowRankSpec(shape=(8, 8), rank=2))
-    assert describe_sum(linear) == "16 neurons, dense + linear map, rank 2"
+    assert linear.describe() == "16 neurons, dense + linear map, rank 2"

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from ffsplit.ffn.spec import BranchSpec, DenseSpec, LowRankSpec, PackedSpec, SumSpec
 from ffsplit.pipeline.plan import Plan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -41,33 +40,6 @@ def model_card(result_report: Mapping[str, Any], plan: Plan, recipe_yaml: str, b
         _made_with(result_report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def describe_branch(branch: BranchSpec) -> str:
-    """A branch in a few words: how many neurons, and how its projections are stored."""
-    storages = [describe_storage(projection) for projection in branch.projections]
-    names = ["up", "gate", "down"] if branch.gate is not None else ["up", "down"]
-    if len(set(storages)) == 1:
-        return f"{branch.neurons:,} neurons, {storages[0]}"
-    different = ", ".join(f"{name} {storage}" for name, storage in zip(names, storages, strict=True))
-    return f"{branch.neurons:,} neurons, {different}"
-
-
-def describe_storage(storage: DenseSpec | LowRankSpec | PackedSpec) -> str:
-    """How a matrix is stored, in a few words."""
-    if isinstance(storage, DenseSpec):
-        return "dense"
-    if isinstance(storage, LowRankSpec):
-        return f"rank {storage.rank}"
-    return f"int{storage.bits} in groups of {storage.group}"
-
-
-def describe_sum(spec: SumSpec) -> str:
-    """An FFN's terms in words, heavy neurons first."""
-    terms = [describe_branch(branch) for branch in spec.branches]
-    if spec.linear is not None:
-        terms.append(f"linear map, {describe_storage(spec.linear)}")
-    return " + ".join(terms) or "dropped"
 
 
 def shown_name(model: str) -> str:
@@ -111,7 +83,7 @@ def _budget_table(report: Mapping[str, Any], plan: Plan) -> str:
 
 def _structure(plan: Plan) -> list[str]:
     """One line for each structure that occurs, most frequent first."""
-    counts = Counter((ffn.method.method if ffn.method else None, describe_sum(ffn.spec)) for ffn in plan.ffns)
+    counts = Counter((ffn.method.method if ffn.method else None, ffn.spec.describe()) for ffn in plan.ffns)
     return [
         f"* {count} {'FFN' if count == 1 else 'FFNs'}, {f'method `{method}`' if method else 'untouched'}: {structure}."
         for (method, structure), count in counts.most_common()

@@ -43,8 +43,7 @@ def stock_model(model: PreTrainedModel, sites: list[FFNSite]) -> PreTrainedModel
 
 
 def _is_one_dense_branch(module: SumFFN) -> bool:
-    spec = module.spec
-    return len(spec.branches) == 1 and spec.linear is None and all(p.kind == "dense" for p in spec.projections)
+    return module.spec.is_one_dense_branch
 
 
 def _candidate_configs(

@@ -20,18 +20,21 @@ NAME_ROOM = 20
 """What is added to the output's name for the journal and for the directory under way."""
 
 
-def check_budget(keep: float | None, bits: float | None) -> None:
+def check_budget(keep: float | None, bits: float | None, sparsity: float | None = None) -> None:
     """At most one budget, in range.
 
     Raises:
-        RecipeError: both are given, or one is out of range.
+        RecipeError: several are given, or one is out of range.
     """
-    if keep is not None and bits is not None:
-        raise RecipeError("give one budget, --keep or --bits, not both")
+    given = [name for name, value in (("keep", keep), ("bits", bits), ("sparsity", sparsity)) if value is not None]
+    if len(given) > 1:
+        raise RecipeError(f"give one budget, {' or '.join(f'--{name}' for name in given)}, not both")
     if keep is not None and not 0 < keep <= 1:
         raise RecipeError(f"--keep {keep}: must be above 0 and at most 1 (share of the FFN parameters that stay)")
     if bits is not None and not 0 < bits <= 16:
         raise RecipeError(f"--bits {bits}: must be above 0 and at most 16 (stored bits per FFN weight)")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise RecipeError(f"--sparsity {sparsity}: must be at least 0 and below 1 (share of work left out at run time)")
 
 
 def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RecipeName = Annotated[str, typer.Option("--recipe", help="A method, a preset, or a .yaml file.", metavar="NAME|FILE")]
 Keep = Annotated[float | None, typer.Option("--keep", help="Budget: share of the FFN parameters that stay.")]
 Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits per FFN weight, all counted.")]
+Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Budget: share of work left out at run time.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Keep activations on disk, below this directory.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of ffsplit.")]
@@ -33,6 +34,7 @@ def compress(
     recipe: RecipeName = "ffsplit",
     keep: Keep = None,
     bits: Bits = None,
+    sparsity: Sparsity = None,
     calibration: options.Source = None,
     field: options.Field = None,
     samples: options.Samples = None,
@@ -51,14 +53,14 @@ def compress(
     A killed run goes on where it stopped when the same command is repeated.
     """
     checks.check_output(out, overwrite=overwrite)
-    checks.check_budget(keep, bits)
+    checks.check_budget(keep, bits, sparsity)
     checks.check_model_name(model)
     if cache_dir is not None:
         checks.check_writable(cache_dir.absolute())
     weights = checks.torch_dtype(dtype)
     place = checks.torch_device(device)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
-    resolved = _recipe(recipe, keep, bits, asked, seed)
+    resolved = _recipe(recipe, {"keep": keep, "bits": bits, "sparsity": sparsity}, asked, seed)
     target = out.resolve()
     journal = target.with_name(f"{target.name}.ffsplit-journal")
     with quiet(), reporting() as report, _resumable(journal):
@@ -83,12 +85,12 @@ def compress(
         show_compression(result, saved)
 
 
-def _recipe(name: str, keep: float | None, bits: float | None, asked: dict[str, Any], seed: int | None) -> Recipe:
+def _recipe(name: str, budget: dict[str, float | None], asked: dict[str, Any], seed: int | None) -> Recipe:
     """The recipe with the command line's values on top, its text already tried."""
     from ffsplit.pipeline.recipe import load_recipe
 
     given = {key: value for key, value in asked.items() if value is not None}
-    recipe = load_recipe(name, keep=keep, bits=bits, calibration=given, seed=seed)
+    recipe = load_recipe(name, **budget, calibration=given, seed=seed)
     checks.check_text(recipe.calibration.source, recipe.calibration.field, "calibration")
     return recipe
 

@@ -43,7 +43,9 @@ def methods(as_json: options.Json = False) -> None:
 
 
 def _row(found: Any) -> dict[str, Any]:
-    budget = {"keep": 0.5} if "keep" in found.budget else {"bits": 4.0}
+    from ffsplit.methods.registry import EXAMPLE_BUDGETS
+
+    budget = {name: EXAMPLE_BUDGETS[name] for name in found.budget[:1]}
     config = found.config.model_validate({"method": found.name, **budget})
     return {
         "name": found.name,

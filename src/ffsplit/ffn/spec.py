@@ -6,85 +6,31 @@ bits it stores.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pydantic import PositiveInt, model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
-
-from ffsplit.ops.packing import packed_columns
-
-SCALE_BITS = 16
-Shape = tuple[NonNegativeInt, NonNegativeInt]
-"""``[out, in]``."""
+from ffsplit.ffn.projections import ProjectionSpec, StorageSpec
+from ffsplit.ffn.projections.base import Spec
+from ffsplit.ffn.selectors import SelectorSpec
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class BranchSpec(Spec):
+    """A smaller FFN over some of the neurons, each projection in its own storage.
 
-
-class DenseSpec(_Spec):
-    """A plain matrix ``[out, in]``."""
-
-    kind: Literal["dense"] = "dense"
-    shape: Shape
-
-    @property
-    def parameters(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def stored_bits(self, float_bits: int) -> int:
-        return self.parameters * float_bits
-
-
-class LowRankSpec(_Spec):
-    """``a b`` with ``a [out, rank]`` and ``b [rank, in]``."""
-
-    kind: Literal["low_rank"] = "low_rank"
-    shape: Shape
-    rank: int = Field(ge=0)
-
-    @property
-    def parameters(self) -> int:
-        return self.rank * (self.shape[0] + self.shape[1])
-
-    def stored_bits(self, float_bits: int) -> int:
-        return self.parameters * float_bits
-
-
-class PackedSpec(_Spec):
-    """Codes of ``bits`` bits in groups along the input dimension, each group with a float16 scale and a zero."""
-
-    kind: Literal["packed"] = "packed"
-    shape: Shape
-    bits: int = Field(ge=1, le=8)
-    group: int = Field(ge=1)
-    symmetric: bool = False
-
-    @property
-    def groups(self) -> int:
-        return -(-self.shape[1] // self.group)
-
-    @property
-    def parameters(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def stored_bits(self, float_bits: int) -> int:
-        """Bits of codes (with the padding of their rows), scales and zeros; independent of ``float_bits``."""
-        rows, columns = self.shape
-        zeros = 0 if self.symmetric else 8 * packed_columns(rows * self.groups, self.bits)
-        return rows * (8 * packed_columns(columns, self.bits) + SCALE_BITS * self.groups) + zeros
-
-
-ProjectionSpec = Annotated[DenseSpec | LowRankSpec | PackedSpec, Field(discriminator="kind")]
-
-
-class BranchSpec(_Spec):
-    """A smaller FFN over some of the neurons."""
+    Attributes:
+        up: ``[neurons, d_model]``.
+        down: ``[d_model, neurons]``.
+        gate: ``[neurons, d_model]``, or None without a gate.
+        up_bias: whether there is one.
+        gate_bias: whether there is one.
+        selector: which of the neurons work for a token; None: all of them, always.
+    """
 
     up: ProjectionSpec
     down: ProjectionSpec
     gate: ProjectionSpec | None = None
     up_bias: bool = False
     gate_bias: bool = False
+    selector: SelectorSpec | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> BranchSpec:
@@ -95,6 +41,8 @@ class BranchSpec(_Spec):
             raise ValueError(f"gate has shape {self.gate.shape}, up has {self.up.shape}")
         if self.gate_bias and self.gate is None:
             raise ValueError("gate_bias is set and there is no gate")
+        if self.selector is not None:
+            self.selector.check(neurons, d_model)
         return self
 
     @property
@@ -102,15 +50,37 @@ class BranchSpec(_Spec):
         return self.up.shape[0]
 
     @property
-    def projections(self) -> tuple[DenseSpec | LowRankSpec | PackedSpec, ...]:
+    def projections(self) -> tuple[StorageSpec, ...]:
         return tuple(p for p in (self.up, self.gate, self.down) if p is not None)
 
     @property
     def bias_parameters(self) -> int:
         return self.neurons * (self.up_bias + self.gate_bias)
 
+    @property
+    def selector_parameters(self) -> int:
+        return 0 if self.selector is None else self.selector.parameters
 
-class SumSpec(_Spec):
+    def describe(self) -> str:
+        """How many neurons, and how their projections are stored, in a few words."""
+        storages = [projection.describe() for projection in self.projections]
+        names = ["up", "gate", "down"] if self.gate is not None else ["up", "down"]
+        if len(set(storages)) == 1:
+            how = storages[0]
+        else:
+            how = ", ".join(f"{name} {storage}" for name, storage in zip(names, storages, strict=True))
+        selected = [] if self.selector is None else [self.selector.describe()]
+        return ", ".join([f"{self.neurons:,} neurons", how, *selected])
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of an average token: what the selector leaves out is not counted."""
+        if self.selector is None:
+            return float(sum(projection.macs for projection in self.projections))
+        return self.selector.macs(self.up.macs, 0 if self.gate is None else self.gate.macs, self.down.macs)
+
+
+class SumSpec(Spec):
     """A sum of branches, an optional linear map and an optional bias: ``sum_b branch_b(x) + linear(x) + bias``."""
 
     d_model: PositiveInt
@@ -132,7 +102,17 @@ class SumSpec(_Spec):
         return sum(branch.neurons for branch in self.branches)
 
     @property
-    def projections(self) -> tuple[DenseSpec | LowRankSpec | PackedSpec, ...]:
+    def is_one_dense_branch(self) -> bool:
+        """Whether this is an ordinary FFN, of some width, which plain transformers may have a place for."""
+        return (
+            len(self.branches) == 1
+            and self.branches[0].selector is None
+            and all(projection.kind == "dense" for projection in self.projections)
+            and self.linear is None
+        )
+
+    @property
+    def projections(self) -> tuple[StorageSpec, ...]:
         inside = tuple(p for branch in self.branches for p in branch.projections)
         return inside if self.linear is None else (*inside, self.linear)
 
@@ -143,8 +123,27 @@ class SumSpec(_Spec):
     @property
     def parameters(self) -> int:
         """Stored numbers, biases included; a packed code counts as one."""
-        return sum(p.parameters for p in self.projections) + self.bias_parameters
+        return sum(p.parameters for p in self.projections) + self.bias_parameters + self._selector_parameters
+
+    @property
+    def _selector_parameters(self) -> int:
+        return sum(branch.selector_parameters for branch in self.branches)
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of an average token."""
+        return sum(branch.macs for branch in self.branches) + (0 if self.linear is None else self.linear.macs)
 
     def stored_bits(self, float_bits: int = 16) -> int:
         """Stored bits, scales, zeros and biases included, when floating-point numbers take ``float_bits`` each."""
-        return sum(p.stored_bits(float_bits) for p in self.projections) + self.bias_parameters * float_bits
+        numbers = self.bias_parameters + self._selector_parameters
+        return sum(p.stored_bits(float_bits) for p in self.projections) + numbers * float_bits
+
+    def terms(self) -> tuple[str, ...]:
+        """Each term of the sum in a few words, heavy neurons first; empty for a dropped FFN."""
+        linear = () if self.linear is None else (f"linear map, {self.linear.describe()}",)
+        return (*(branch.describe() for branch in self.branches), *linear)
+
+    def describe(self) -> str:
+        """The sum in words."""
+        return " + ".join(self.terms()) or ("constant" if self.bias else "dropped")

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
+from ffsplit.ffn.projections import Dense, Projection, empty_projection
+from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.spec import BranchSpec, SumSpec
-from ffsplit.ffn.storage import Dense, Projection, empty_projection
 from ffsplit.ffn.weights import FFNWeights
 
 
@@ -33,6 +34,7 @@ class Branch(nn.Module):
         gate: Projection | None = None,
         up_bias: Float[Tensor, " neurons"] | None = None,
         gate_bias: Float[Tensor, " neurons"] | None = None,
+        selector: Selector | None = None,
     ) -> None:
         super().__init__()
         # A copy: branches of one FFN must not share an activation's parameters, files hold no tensor twice.
@@ -40,6 +42,7 @@ class Branch(nn.Module):
         self.up = up
         self.gate = gate
         self.down = down
+        self.selector = selector
         self.register_parameter("up_bias", _parameter(up_bias))
         self.register_parameter("gate_bias", _parameter(gate_bias))
 
@@ -51,19 +54,29 @@ class Branch(nn.Module):
             gate=None if self.gate is None else self.gate.spec,
             up_bias=self.up_bias is not None,
             gate_bias=self.gate_bias is not None,
+            selector=None if self.selector is None else self.selector.spec,
         )
 
     def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens neurons"]:
         """Activations of this branch's neurons, the input of its ``down``."""
-        up = self.up(x)
+        up = self.up(x if self.selector is None else self.selector.inputs(x, "up"))
         if self.up_bias is not None:
             up = up + self.up_bias
         if self.gate is None:
-            return self.act(up)  # type: ignore[no-any-return]
-        gate = self.gate(x)
+            return self._selected(self.act(up), x)
+        gate = self.gate(x if self.selector is None else self.selector.inputs(x, "gate"))
         if self.gate_bias is not None:
             gate = gate + self.gate_bias
-        return self.act(gate) * up  # type: ignore[no-any-return]
+        return self._selected(self.act(gate), x, up)
+
+    def _selected(
+        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"], up: Tensor | None = None
+    ) -> Float[Tensor, "*tokens neurons"]:
+        """Hidden activations from the activation's outputs, as far as the selector lets them through."""
+        if self.selector is None:
+            return a if up is None else a * up
+        a = self.selector.activations(a, x)
+        return self.selector.hidden(a if up is None else a * up)
 
     def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         return self.down(self.hidden(x))  # type: ignore[no-any-return]
@@ -118,6 +131,7 @@ class SumFFN(nn.Module):
                 None if branch.gate is None else empty_projection(branch.gate, dtype, device),
                 vector(branch.neurons, branch.up_bias),
                 vector(branch.neurons, branch.gate_bias),
+                None if branch.selector is None else empty_selector(branch.selector, dtype, device),
             )
             for branch in spec.branches
         ]
@@ -144,10 +158,12 @@ class SumFFN(nn.Module):
             dtype: of all tensors; None leaves each as it is stored (packed codes become float32).
 
         Raises:
-            ModelError: the sum has a linear map or no branch at all, or branches with and without a gate, which no
-                dense FFN of this shape expresses.
+            ModelError: the sum has a linear map or no branch at all, a branch that works for some tokens only, or
+                branches with and without a gate, which no dense FFN of this shape expresses.
         """
         branches = self._branches()
+        if any(branch.selector is not None for branch in branches):
+            raise ModelError("an FFN whose neurons work for some tokens only cannot be written as dense weights")
         if self.linear is not None or not branches:
             raise ModelError("a dropped FFN or one with a linear map cannot be written as dense up/gate/down weights")
         gates = [branch.gate for branch in branches if branch.gate is not None]

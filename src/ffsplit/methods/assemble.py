@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ffsplit.calibrate.layer import LayerData, RefitSums
-from ffsplit.ffn.spec import BranchSpec, DenseSpec, SumSpec
-from ffsplit.ffn.storage import Projection
+from ffsplit.ffn.projections import Dense, DenseSpec, Projection, StorageSpec
+from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ffn.weights import FFNWeights
-from ffsplit.methods.compressors import DATA_FREE, How, compress, compress_together
+from ffsplit.methods.compressors import SVD, WHITENED, Compressor
 from ffsplit.ops.least_squares import refit_down
 from ffsplit.ops.linalg import diagonal_scale, solve_psd
 
@@ -29,12 +29,11 @@ Compress = Callable[[Float[Tensor, "d_model part"], Float[Tensor, "part part"]],
 
 @dataclass(frozen=True)
 class Part:
-    """A branch to be: its neurons, its structure, and the algorithm for each of its projections."""
+    """A branch to be: its neurons, its structure, and the algorithm for its projections (dense ones need none)."""
 
     neurons: Int[Tensor, " neurons"]
     spec: BranchSpec
-    how: How
-    polish: int = 0
+    how: Compressor = SVD
 
 
 @dataclass(frozen=True)
@@ -46,40 +45,40 @@ class Segment:
 
 
 def fit_parts(
-    data: LayerData, parts: Sequence[Part], spec: SumSpec, *, refit: bool, ridge: float, linear_rank: int | None = None
+    data: LayerData, parts: Sequence[Part], spec: SumSpec, *, refit: bool, ridge: float, linear: Compressor = WHITENED
 ) -> SumFFN:
     """A sum of branches fitted to one FFN.
 
     Args:
         data: the dense FFN and its calibration inputs.
         parts: heavy first; neurons that no part names are dropped.
-        spec: the structure promised by the method's plan.
+        spec: the structure promised by the method's plan; a linear map in it needs ``refit``.
         refit: fit `down` by least squares to the dense outputs on the inputs that the compressed inner projections
             really produce; otherwise every projection approximates its own dense matrix.
         ridge: pull of the refit towards the old weights, relative to the mean diagonal of the Gram.
-        linear_rank: rank of a linear map beside the branches, or None; needs ``refit``.
+        linear: the algorithm for a linear map beside the branches, if the structure has one.
 
     Returns:
         a sum whose structure is ``spec``.
     """
     drafts = [_draft(data, part) for part in parts]
     if refit:
-        downs, linear, bias = _refit_downs(data, parts, drafts, spec, ridge, linear_rank)
+        downs, mapped, bias = _refit_downs(data, parts, drafts, spec, ridge, linear)
     else:
-        downs, linear, bias = _plain_downs(data, parts), None, data.ffn.down_bias
+        downs, mapped, bias = _plain_downs(data, parts), None, data.ffn.down_bias
     for draft, down in zip(drafts, downs, strict=True):
         draft.down = down
-    return SumFFN(data.ffn.d_model, drafts, linear, bias)
+    return SumFFN(data.ffn.d_model, drafts, mapped, bias)
 
 
 def _draft(data: LayerData, part: Part) -> Branch:
     """The branch with its inner projections compressed; `down` is an exact stand-in until it is fitted."""
     ffn, spec, dtype = data.ffn.take(part.neurons), part.spec, data.ffn.up.dtype
     inner_is_dense = isinstance(spec.up, DenseSpec)
-    gram = None if inner_is_dense or part.how in DATA_FREE else data.moments.input_gram
+    gram = data.moments.input_gram if part.how.needs_gram and not inner_is_dense else None
     inner = [ffn.up] if ffn.gate is None else [ffn.up, ffn.gate]
-    up, *gate = compress_together(inner, spec.up, part.how, gram, dtype, part.polish)
-    down = compress(ffn.down, DenseSpec(shape=spec.down.shape), part.how, None, dtype)
+    up, *gate = part.how.together(inner, spec.up, gram, dtype)
+    down = Dense(ffn.down)
     return Branch(ffn.act, up, down, gate[0] if gate else None, ffn.up_bias, ffn.gate_bias)
 
 
@@ -87,10 +86,10 @@ def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
     downs = []
     for part in parts:
         gram = None
-        if not isinstance(part.spec.down, DenseSpec) and part.how not in DATA_FREE:
+        if not isinstance(part.spec.down, DenseSpec) and part.how.needs_gram:
             gram = data.statistics.hidden_gram[part.neurons][:, part.neurons]
         weight = data.ffn.down[:, part.neurons]
-        downs.append(compress(weight, part.spec.down, part.how, gram, data.ffn.up.dtype, part.polish))
+        downs.append(part.how(weight, part.spec.down, gram, data.ffn.up.dtype))
     return downs
 
 
@@ -100,36 +99,32 @@ def _refit_downs(
     drafts: Sequence[Branch],
     spec: SumSpec,
     ridge: float,
-    linear_rank: int | None,
+    how_linear: Compressor,
 ) -> tuple[list[Projection], Projection | None, Tensor | None]:
     ffn, dtype = data.ffn, data.ffn.up.dtype
     segments: list[Segment] = []
     priors: list[Tensor] = []
 
-    def add(columns: int, prior: Tensor, structure: object, how: How, polish: int = 0) -> None:
+    def add(prior: Tensor, structure: StorageSpec, how: Compressor) -> None:
         start = segments[-1].columns.stop if segments else 0
-        segments.append(
-            Segment(
-                slice(start, start + columns),
-                lambda weight, gram: compress(weight, structure, how, gram, dtype, polish),  # type: ignore[arg-type]
-            )
-        )
+        columns = slice(start, start + prior.shape[1])
+        segments.append(Segment(columns, lambda weight, gram: how(weight, structure, gram, dtype)))
         priors.append(prior)
 
     if spec.bias:
-        add(1, ffn.down.new_zeros(ffn.d_model, 1), DenseSpec(shape=(ffn.d_model, 1)), "svd")
+        add(ffn.down.new_zeros(ffn.d_model, 1), DenseSpec(shape=(ffn.d_model, 1)), SVD)
     for part in parts:
-        add(len(part.neurons), ffn.down[:, part.neurons], part.spec.down, part.how, part.polish)
-    if linear_rank is not None:
-        add(ffn.d_model, ffn.down.new_zeros(ffn.d_model, ffn.d_model), spec.linear, "whitened")
+        add(ffn.down[:, part.neurons], part.spec.down, part.how)
+    if spec.linear is not None:
+        add(ffn.down.new_zeros(ffn.d_model, ffn.d_model), spec.linear, how_linear)
 
-    sums = _joint_sums(data, parts, drafts, bias=spec.bias, linear=linear_rank is not None)
+    sums = _joint_sums(data, parts, drafts, bias=spec.bias, linear=spec.linear is not None)
     fitted = fit_segments(sums, segments, torch.cat(priors, dim=1), ridge)
     bias = None
     if spec.bias:
         shift = fitted.pop(0).dense()[:, 0]
         bias = (shift if ffn.down_bias is None else ffn.down_bias + shift).to(dtype)
-    linear = fitted.pop() if linear_rank is not None else None
+    linear = fitted.pop() if spec.linear is not None else None
     return fitted, linear, bias
 
 

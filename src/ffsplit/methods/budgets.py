@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ffsplit.errors import BudgetError
+from ffsplit.ffn.projections import DenseSpec, LowRankSpec, PackedSpec
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.ffn.spec import BranchSpec, DenseSpec, LowRankSpec, PackedSpec, SumSpec
+from ffsplit.ffn.spec import BranchSpec, SumSpec
 
 FLOAT_BITS = 16
 

@@ -23,7 +23,7 @@ from ffsplit.methods.budgets import (
     sum_spec,
     width_for,
 )
-from ffsplit.methods.compressors import How
+from ffsplit.methods.compressors import SVD, WHITENED, Compressor, Rounding
 from ffsplit.methods.neurons import ScoreName, neuron_order
 from ffsplit.methods.registry import MethodConfig, method
 
@@ -214,13 +214,17 @@ def ffsplit(data: LayerData, config: FFSplitConfig) -> SumFFN:
     spec = structure(FFNShape.of(data.ffn), config)
     heavy = _heavy_neurons(spec, data.ffn.d_ff, linear=config.compressor == "linear")
     order = neuron_order(data, config.ranking, heavy)
-    how: How = "whitened" if config.compressor == "linear" else config.compressor
     parts, start = [], 0
     for branch in spec.branches:
-        parts.append(Part(order[start : start + branch.neurons], branch, how, config.polish))
+        parts.append(Part(order[start : start + branch.neurons], branch, _algorithm(config)))
         start += branch.neurons
-    linear_rank = spec.linear.rank if spec.linear is not None and spec.linear.kind == "low_rank" else None
-    return fit_parts(data, parts, spec, refit=config.refit, ridge=config.ridge, linear_rank=linear_rank)
+    return fit_parts(data, parts, spec, refit=config.refit, ridge=config.ridge)
+
+
+def _algorithm(config: FFSplitConfig) -> Compressor:
+    if config.compressor == "rtn" or config.compressor == "gptq":
+        return Rounding(config.compressor, config.polish)
+    return SVD if config.compressor == "svd" else WHITENED
 
 
 def _heavy_neurons(spec: SumSpec, d_ff: int, *, linear: bool) -> int:

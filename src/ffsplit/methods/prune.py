@@ -58,5 +58,5 @@ def prune(data: LayerData, config: PruneConfig) -> SumFFN:
     if config.refit and data.inputs.tokens:
         _ = data.statistics  # the refit needs them all: one pass over the inputs instead of two
     kept = neuron_order(data, config.score, spec.neurons)[: spec.neurons]
-    part = Part(kept, spec.branches[0], "svd")
+    part = Part(kept, spec.branches[0])
     return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge)

@@ -14,7 +14,7 @@ from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.assemble import Part, fit_parts
 from ffsplit.methods.budgets import FLOAT_BITS, average_bits, packed_branch_spec, sum_spec
-from ffsplit.methods.compressors import RoundHow
+from ffsplit.methods.compressors import RoundHow, Rounding
 from ffsplit.methods.registry import MethodConfig, method
 
 
@@ -96,5 +96,5 @@ def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
     """Up and gate first, then `down` on the activations that they really give."""
     spec = structure(FFNShape.of(data.ffn), config)
     neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
-    part = Part(neurons, spec.branches[0], config.rounding, config.polish)
+    part = Part(neurons, spec.branches[0], Rounding(config.rounding, config.polish))
     return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge)

@@ -20,13 +20,17 @@ from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
 
 Status = Literal["stable", "experimental"]
+Budget = Literal["keep", "bits", "sparsity"]
+EXAMPLE_BUDGETS: dict[Budget, float] = {"keep": 0.5, "bits": 4.0, "sparsity": 0.5}
+"""A middling value of each kind of budget, for lists and pages that need some configuration of every method."""
 
 
 class MethodConfig(BaseModel):
     """Base of every method's configuration: frozen, and an unknown key is an error.
 
-    A budget is either ``keep`` (share of the FFN's parameters that stay) or ``bits`` (average stored bits per dense
-    FFN weight, with scales, zeros and biases counted); which of the two a method takes is its own matter.
+    A budget is ``keep`` (share of the FFN's parameters that stay), ``bits`` (average stored bits per dense FFN weight,
+    with scales, zeros and biases counted) or ``sparsity`` (share of the activations, or of the tokens, that are left
+    out at run time); which of them a method takes is its own matter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -59,6 +63,22 @@ class KeepConfig(MethodConfig):
         return self
 
 
+class SparsityConfig(MethodConfig):
+    """A method whose budget is the share of work left out at run time; at 0 the FFN stays as it is."""
+
+    sparsity: float
+
+    @property
+    def full_budget(self) -> bool:
+        return self.sparsity == 0
+
+    @model_validator(mode="after")
+    def _sparsity_in_range(self) -> SparsityConfig:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be at least 0 and below 1 (share that is left out), not {self.sparsity}")
+        return self
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to compress an FFN.
@@ -77,7 +97,7 @@ class Method:
     name: str
     summary: str
     paper: str
-    budget: tuple[Literal["keep", "bits"], ...]
+    budget: tuple[Budget, ...]
     as_sum: str
     status: Status
     config: type[MethodConfig]
@@ -109,7 +129,7 @@ def method(
     *,
     summary: str,
     paper: str,
-    budget: tuple[Literal["keep", "bits"], ...],
+    budget: tuple[Budget, ...],
     as_sum: str,
     config: type[MethodConfig],
     structure: Callable[[FFNShape, Any], SumSpec],

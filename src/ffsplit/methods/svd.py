@@ -12,6 +12,7 @@ from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.assemble import Part, fit_parts
 from ffsplit.methods.budgets import keep_budget, low_rank_branch_spec, rank_for, sum_spec
+from ffsplit.methods.compressors import SVD
 from ffsplit.methods.registry import KeepConfig, method
 
 
@@ -44,4 +45,4 @@ def svd(data: LayerData, config: SVDConfig) -> SumFFN:
     """Each matrix on its own, no data."""
     spec = structure(FFNShape.of(data.ffn), config)
     neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
-    return fit_parts(data, [Part(neurons, spec.branches[0], "svd")], spec, refit=False, ridge=0.0)
+    return fit_parts(data, [Part(neurons, spec.branches[0], SVD)], spec, refit=False, ridge=0.0)

@@ -13,6 +13,7 @@ from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.assemble import Part, fit_parts
 from ffsplit.methods.budgets import keep_budget, low_rank_branch_spec, rank_for, sum_spec
+from ffsplit.methods.compressors import WHITENED
 from ffsplit.methods.registry import KeepConfig, method
 
 
@@ -49,5 +50,5 @@ def whitened_svd(data: LayerData, config: WhitenedSVDConfig) -> SumFFN:
     """All matrices at one rank, each optimal for its inputs."""
     spec = structure(FFNShape.of(data.ffn), config)
     neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
-    part = Part(neurons, spec.branches[0], "whitened")
+    part = Part(neurons, spec.branches[0], WHITENED)
     return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge)

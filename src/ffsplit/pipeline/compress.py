@@ -45,6 +45,7 @@ def compress(
     recipe: str | Path | dict[str, Any] | Recipe = "ffsplit",
     keep: float | None = None,
     bits: float | None = None,
+    sparsity: float | None = None,
     calibration: CalibrationInput | Path | None = None,
     field: str | None = None,
     samples: int | None = None,
@@ -65,6 +66,7 @@ def compress(
         recipe: a method's name, a preset, a YAML file, or plain values.
         keep: budget: share of the FFN parameters that stay.
         bits: budget: average stored bits per FFN weight, scales and zeros included.
+        sparsity: budget: share of activations or tokens that are left out at run time.
         calibration: a source of text, texts, a tensor of token ids ``[samples, seq_len]``, or ready-made batches.
         field: column of a structured source.
         samples: calibration windows (documents for encoders).
@@ -87,7 +89,7 @@ def compress(
         calibration = str(calibration)
     if isinstance(calibration, str):
         overrides["source"] = calibration
-    resolved = load_recipe(recipe, keep=keep, bits=bits, calibration=overrides, seed=seed)
+    resolved = load_recipe(recipe, keep=keep, bits=bits, sparsity=sparsity, calibration=overrides, seed=seed)
     if isinstance(model, str | Path):
         model, tokenizer = _load(str(model), tokenizer, resolved, dtype)
     if not isinstance(model, PreTrainedModel):

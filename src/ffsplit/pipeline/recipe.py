@@ -13,6 +13,12 @@ from ffsplit.errors import RecipeError
 from ffsplit.methods.registry import MethodConfig, explain, get_method, method_config, methods, nearest
 
 DEFAULT_BITS = 4.0
+BUDGETS = {
+    "keep": "share of FFN parameters that stay, 0 to 1",
+    "bits": "stored bits per FFN weight",
+    "sparsity": "share of activations or tokens left out at run time, 0 to 1",
+}
+BUDGET_FIELDS = frozenset({*BUDGETS, "code_bits"})
 DEFAULT_DOCUMENTS = 1024
 """Calibration sequences of a model that reads documents, unless a number is asked for: these are short,
 and a fit over thousands of neurons needs tens of thousands of tokens."""
@@ -153,6 +159,7 @@ def load_recipe(
     *,
     keep: float | None = None,
     bits: float | None = None,
+    sparsity: float | None = None,
     calibration: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> Recipe:
@@ -162,6 +169,7 @@ def load_recipe(
         recipe: where to start from.
         keep: budget, share of FFN parameters that stay; replaces the recipe's.
         bits: budget, stored bits per FFN weight; replaces the recipe's.
+        sparsity: budget, share of activations or tokens left out at run time; replaces the recipe's.
         calibration: fields of :class:`Calibration` that replace the recipe's.
         seed: replaces the recipe's.
 
@@ -180,7 +188,7 @@ def load_recipe(
     if isinstance(method, str):
         method = {"method": method}
     if isinstance(method, dict):
-        values["method"] = _with_budget(dict(method), keep, bits)
+        values["method"] = _with_budget(dict(method), {"keep": keep, "bits": bits, "sparsity": sparsity})
     if calibration:
         stated = values.get("calibration") or {}
         if not isinstance(stated, dict):
@@ -194,21 +202,20 @@ def load_recipe(
         raise RecipeError(explain(error, Recipe, "recipe")) from error
 
 
-def _with_budget(method: dict[str, Any], keep: float | None, bits: float | None) -> dict[str, Any]:
-    if keep is not None and bits is not None:
-        raise RecipeError("give one budget, keep or bits, not both")
+def _with_budget(method: dict[str, Any], asked: dict[str, float | None]) -> dict[str, Any]:
+    """The method's values with the caller's budget in place of its own, or with the default if there is none."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) > 1:
+        raise RecipeError(f"give one budget, {' or '.join(given)}, not both")
     chosen = get_method(str(method.get("method")))
-    for name, value in (("keep", keep), ("bits", bits)):
-        if value is None:
-            continue
+    for name, value in given.items():
         if name not in chosen.budget:
             raise RecipeError(f"method {chosen.name} takes no {name}; its budget is {' or '.join(chosen.budget)}")
-        for other in ("keep", "bits", "code_bits"):
-            method.pop(other, None)
-        method[name] = value
-    if not {"keep", "bits", "code_bits"} & method.keys():
+        method = {key: old for key, old in method.items() if key not in BUDGET_FIELDS} | {name: value}
+    if chosen.budget and not BUDGET_FIELDS & method.keys():
         if "bits" not in chosen.budget:
-            raise RecipeError(f"method {chosen.name} needs a budget: keep (share of FFN parameters that stay, 0 to 1)")
+            needed = " or ".join(f"{name} ({BUDGETS[name]})" for name in chosen.budget)
+            raise RecipeError(f"method {chosen.name} needs a budget: {needed}")
         method["bits"] = DEFAULT_BITS
     return method
 

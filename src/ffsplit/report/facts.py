@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ffsplit.checkpoint.card import describe_branch, describe_storage, shown_name
+from ffsplit.checkpoint.card import shown_name
 from ffsplit.checkpoint.quantizer import METHOD
 from ffsplit.checkpoint.save import PLAN_FILE, REPORT_FILE
 from ffsplit.errors import CheckpointError
@@ -135,13 +135,10 @@ def _layers(plan: dict[str, Any], report: dict[str, Any], file: Path) -> tuple[L
 
 def _layer(ffn: dict[str, Any], error: float | None) -> LayerFacts:
     spec, shape = SumSpec.model_validate(ffn["spec"]), FFNShape(**ffn["shape"])
-    terms = [describe_branch(branch) for branch in spec.branches]
-    if spec.linear is not None:
-        terms.append(f"linear map, {describe_storage(spec.linear)}")
     return LayerFacts(
         ffn=ffn["site"]["name"],
         method=ffn["method"]["method"] if ffn["method"] else None,
-        terms=tuple(terms) or ("dropped",),
+        terms=spec.terms() or (spec.describe(),),
         keep=spec.parameters / shape.parameters,
         bits=spec.stored_bits() / shape.weights,
         output_error=error if error is not None and math.isfinite(error) else None,

@@ -1,0 +1,42 @@
+"""How a projection ``x W^T`` of a branch is stored. One file a storage: its structure and its module."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from ffsplit.ffn.projections.base import Projection, StorageSpec
+from ffsplit.ffn.projections.dense import Dense, DenseSpec
+from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
+from ffsplit.ffn.projections.packed import Packed, PackedSpec
+
+ProjectionSpec = Annotated[DenseSpec | LowRankSpec | PackedSpec, Field(discriminator="kind")]
+"""Any storage, told apart by its ``kind``."""
+
+STORAGES: dict[type[StorageSpec], type[Projection]] = {
+    DenseSpec: Dense,
+    LowRankSpec: LowRank,
+    PackedSpec: Packed,
+}
+
+
+def empty_projection(spec: StorageSpec, dtype: torch.dtype, device: torch.device) -> Projection:
+    """An uninitialised projection of the given structure, ready to be loaded into."""
+    return STORAGES[type(spec)].empty(spec, dtype, device)
+
+
+__all__ = [
+    "STORAGES",
+    "Dense",
+    "DenseSpec",
+    "LowRank",
+    "LowRankSpec",
+    "Packed",
+    "PackedSpec",
+    "Projection",
+    "ProjectionSpec",
+    "StorageSpec",
+    "empty_projection",
+]

@@ -1,0 +1,67 @@
+"""Which neurons (or inputs) of a branch work for a token: the run-time half of activation sparsity."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ffsplit.ffn.projections.base import Spec
+
+Which = Literal["up", "gate"]
+
+
+class SelectorSpecBase(Spec, ABC):
+    """The structure of one selector. Subclasses add a literal ``kind``, by which files tell them apart."""
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Stored numbers."""
+
+    @abstractmethod
+    def check(self, neurons: int, d_model: int) -> None:
+        """Raise ValueError when this does not fit a branch of these sizes."""
+
+    @abstractmethod
+    def macs(self, up: int, gate: int, down: int) -> float:
+        """Multiply-accumulates that an average token really needs, given those of the whole projections.
+
+        The share comes from calibration and is stored in the structure; the plain forward computes everything and
+        masks, only a kernel for single tokens leaves the work out.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """In a few words."""
+
+
+class Selector(nn.Module, ABC):
+    """Leaves out parts of a branch, token by token. Every hook is the identity unless a subclass says otherwise."""
+
+    spec: Any
+    """The structure; which :class:`SelectorSpecBase` it is, the subclass says."""
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, spec: Any, dtype: torch.dtype, device: torch.device) -> Selector:
+        """An uninitialised selector of the given structure, ready to be loaded into."""
+
+    def inputs(self, x: Float[Tensor, "*tokens d_model"], which: Which) -> Float[Tensor, "*tokens d_model"]:
+        """What the ``up`` or the ``gate`` projection is given."""
+        return x
+
+    def activations(
+        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"]
+    ) -> Float[Tensor, "*tokens neurons"]:
+        """What becomes of ``act(gate)`` (of ``act(up)`` without a gate)."""
+        return a
+
+    def hidden(self, h: Float[Tensor, "*tokens neurons"]) -> Float[Tensor, "*tokens neurons"]:
+        """What ``down`` is given."""
+        return h
