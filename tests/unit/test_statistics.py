@@ -80,7 +80,7 @@ def test_equal_to_a_direct_computation_in_float64(gated: bool) -> None:
     assert_equal(found, expected)
     assert all(getattr(found, field.name).dtype == torch.float64 for field in fields(found))
     torch.testing.assert_close(found.hidden_variance, h.var(0, unbiased=False), rtol=1e-5, atol=1e-6)
-    without = collect(ffn, inputs, hidden_gram=False)
+    without = collect(wide, inputs, hidden_gram=False)
     assert without.hidden_gram.shape == (0, 0)
     without.hidden_gram = found.hidden_gram
     assert_equal(without, found)
