@@ -13,8 +13,9 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from ffsplit.budget.registry import Planner, entries
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.methods.registry import EXAMPLE_BUDGETS, Method, MethodConfig, methods
+from ffsplit.methods.registry import EXAMPLE_BUDGETS, Method, MethodConfig
 from ffsplit.pipeline.recipe import DEFAULT_BITS, PRESETS
 
 DOCS = Path(__file__).resolve().parent
@@ -43,6 +44,9 @@ method: {method: prune, keep: 0.75, score: leverage}
 """
 
 STORED = """
+A method does the same to every FFN, unless overrides in a recipe say otherwise. A *planner* ("by decision") measures
+the dense model first and then chooses a method and its settings for each FFN.
+
 "plain transformers" means that the result loads without this package. It needs one width for all layers that share a
 field of the configuration, and a field for that width: an override for some layers, or a family without such a field
 (MPT, DINOv2, Swin), gives a checkpoint in ffsplit's format instead (see [checkpoint.md](checkpoint.md)). A budget that
@@ -54,13 +58,13 @@ rtn`, nor for `score: magnitude` or `random` with `refit: false`.
 def page() -> str:
     """The whole page."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    found = list(methods().values())
+    found = list(entries().values())
     parts = [HEAD, _status(found), _presets(), _protocol(results)]
     parts += [_section(method, results) for method in found]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _status(found: list[Method]) -> str:
+def _status(found: list[Method | Planner]) -> str:
     rows = [
         [
             f"[`{method.name}`](#{method.name})",
@@ -112,7 +116,7 @@ def _protocol(results: dict[str, Any]) -> str:
     return f"{_wrapped(words)}\n"
 
 
-def _section(method: Method, results: dict[str, Any]) -> str:
+def _section(method: Method | Planner, results: dict[str, Any]) -> str:
     introduction = (
         f"## {method.name}\n\n{_sentence(method.summary)} Paper: {method.paper}. As a sum: {method.as_sum}.\n"
     )
@@ -142,19 +146,21 @@ def _filled(note: str, results: dict[str, Any]) -> str:
     return re.sub(r"\{([^{}]+)\}", figure, re.sub(r"\{[^{}]+\}", lambda found: " ".join(found[0].split()), note))
 
 
-def needs_data(method: Method) -> str:
+def needs_data(method: Method | Planner) -> str:
     """Whether fitting looks at text: always, never, or by settings."""
     answers = {_config(method, **extra).needs_data for extra in _variants(method)}
     return "by settings" if len(answers) > 1 else "needed" if answers == {True} else "not needed"
 
 
-def stored_as(method: Method) -> str:
+def stored_as(method: Method | Planner) -> str:
     """The kind of checkpoint that its structure leads to: plain transformers takes one dense branch, nothing else."""
+    if isinstance(method, Planner):
+        return "by decision"
     plain = [method.plan(SHAPE, _config(method, **extra)).is_one_dense_branch for extra in _variants(method)]
     return "plain transformers" if all(plain) else "by settings" if any(plain) else "ffsplit"
 
 
-def _variants(method: Method) -> list[dict[str, Any]]:
+def _variants(method: Method | Planner) -> list[dict[str, Any]]:
     """Settings that may change what a method needs or gives."""
     budgets: list[dict[str, Any]] = [{budget: EXAMPLE_BUDGETS[budget]} for budget in method.budget] or [{}]
     switches: list[dict[str, Any]] = [{}]
@@ -165,7 +171,7 @@ def _variants(method: Method) -> list[dict[str, Any]]:
     return [{**budget, **switch} for budget in budgets for switch in switches]
 
 
-def _config(method: Method, **values: Any) -> MethodConfig:
+def _config(method: Method | Planner, **values: Any) -> MethodConfig:
     return method.config.model_validate({"method": method.name, **values})
 
 

@@ -13,7 +13,7 @@ from ffsplit.evaluate import scoring
 from ffsplit.evaluate.agreement import compare_language_models
 from ffsplit.evaluate.logits import LogitReader, evaluating
 from ffsplit.evaluate.perplexity import perplexity
-from ffsplit.evaluate.scoring import kl_divergence
+from ffsplit.ops.divergence import kl_divergence
 from tests.unit.evaluate_helpers import VOCABULARY, build, byte_tokenizer, disturbed, tiny_llama
 
 SOFT_CAPPED = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}

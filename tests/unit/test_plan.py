@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.families import find_ffns
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.budgets import average_bits
 from ffsplit.methods.registry import get_method, method_config
-from ffsplit.pipeline.compress import plan_for
-from ffsplit.pipeline.plan import Plan
+from ffsplit.pipeline.compress import shapes_of
+from ffsplit.pipeline.plan import Plan, make_plan
 from ffsplit.pipeline.recipe import load_recipe
 from tests.tiny import TINY, tiny
 
@@ -23,9 +24,10 @@ RECIPE = {
 }
 
 
-def plan_of(family: str, recipe: Any) -> Plan:
-    model = tiny(family)
-    return plan_for(model, find_ffns(model), load_recipe(recipe))
+def plan_of(family: str, recipe: Any, model: PreTrainedModel | None = None) -> Plan:
+    model = model or tiny(family)
+    found = find_ffns(model)
+    return make_plan(found.sites, shapes_of(model, found), load_recipe(recipe).methods_for(len(found.sites)))
 
 
 def test_a_plan_holds_every_ffn_in_order() -> None:
@@ -69,7 +71,7 @@ def test_the_meta_device_is_enough() -> None:
     with torch.device("meta"):
         model = type(tiny("llama"))(tiny("llama").config)
     recipe = load_recipe("prune", keep=0.5)
-    assert plan_for(model, find_ffns(model), recipe) == plan_of("llama", recipe)
+    assert plan_of("llama", recipe, model) == plan_of("llama", recipe)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,17 @@ class BlockReplay:
             for index in range(len(self.batches) if limit is None else limit):
                 yield index, pytree.tree_leaves(self._output(index, block))[0]
 
+    def finish(self, block: Block, options: Mapping[str, object] | None = None) -> Iterator[tuple[int, object]]:
+        """The model's own outputs for each batch: finished blocks answer from the cache, the rest runs as it is now.
+
+        Args:
+            block: the first that is not finished.
+            options: further arguments of the model's forward.
+        """
+        with self._at_work(block):
+            for index in range(len(self.batches)):
+                yield index, self._forward(index, options or {})
+
     def _output(self, index: int, block: Block) -> object:
         """What a block returns for one batch."""
         kept: list[object] = []
@@ -159,17 +170,20 @@ class BlockReplay:
             mask = pad(mask, (0, max(0, x.shape[1] - mask.shape[1])))
         return rows_of(x, mask, sequences)
 
-    @torch.no_grad()
     def _run(self, index: int, block: Block) -> None:
+        try:
+            self._forward(index, {})
+        except _BlockDoneError:
+            return
+        if block.path:
+            raise RuntimeError(f"the forward of {type(self.model).__name__} never reached {block.path}")
+
+    @torch.no_grad()
+    def _forward(self, index: int, options: Mapping[str, object]) -> object:
         batch = {name: tensor.to(self.device) for name, tensor in self.batches[index].items()}
         answers = functools.cache(lambda list_path: self._cached(list_path, index))
         with _stubs(self.model, self._done, lambda done: answers(done.list_path)):
-            try:
-                self.model(**batch)
-            except _BlockDoneError:
-                return
-        if block.path:
-            raise RuntimeError(f"the forward of {type(self.model).__name__} never reached {block.path}")
+            return self.model(**batch, **options)
 
     def _cached(self, list_path: str, index: int) -> object:
         key = f"block-{list_path}-{index}"

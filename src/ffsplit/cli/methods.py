@@ -10,10 +10,10 @@ from ffsplit.cli.console import print_json
 
 def methods(as_json: options.Json = False) -> None:
     """List the methods: what they do, where they come from, which budget they take."""
-    from ffsplit.methods import registry
+    from ffsplit.budget.registry import entries
     from ffsplit.pipeline.recipe import PRESETS
 
-    rows = [_row(found) for found in registry.methods().values()]
+    rows = [_row(found) for found in entries().values()]
     if as_json:
         print_json({"methods": rows, "presets": PRESETS})
         return

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.logits import CHUNK_ELEMENTS, LogitReader, Query, evaluating, pieces
+from ffsplit.ops.divergence import kl_divergence
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -100,16 +101,6 @@ def score_pair(
         torch.cat([part.kl for part in parts]),
         torch.cat([part.same_top1 for part in parts]),
     )
-
-
-def kl_divergence(
-    reference: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]
-) -> Float[Tensor, " tokens"]:
-    """KL(reference || other) per token in nats, from logits; a token of zero probability adds nothing."""
-    log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
-    terms = log_p.exp() * (log_p - log_q)
-    # A logit of -inf in both (a masked-out vocabulary entry) would be 0 * nan.
-    return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1).clamp_min(0.0)
 
 
 def _score(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> TokenScores:

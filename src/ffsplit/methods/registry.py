@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -166,27 +166,49 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-def get_method(name: str) -> Method:
-    """A method by name. Raises RecipeError that lists the known ones."""
-    known = methods()
+class Entry(Protocol):
+    """What methods and planners have in common for a lookup by name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> type[MethodConfig]: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+def lookup(name: str, known: Mapping[str, E]) -> E:
+    """An entry by name. Raises RecipeError that lists the known ones."""
     if name not in known:
         raise RecipeError(f"unknown method {name!r}{nearest(name, list(known))} Known: {', '.join(known)}")
     return known[name]
 
 
-def method_config(values: dict[str, Any]) -> MethodConfig:
-    """Validate the configuration of a method given as plain values with a ``method`` key.
+def configure(values: dict[str, Any], known: Mapping[str, Entry]) -> MethodConfig:
+    """Validate a configuration given as plain values with a ``method`` key.
 
     Raises:
         RecipeError: unknown method or field (with the nearest known one), or a value out of range.
     """
     if "method" not in values:
-        raise RecipeError(f"a method block needs a 'method' key; known: {', '.join(methods())}")
-    chosen = get_method(str(values["method"]))
+        raise RecipeError(f"a method block needs a 'method' key; known: {', '.join(known)}")
+    chosen = lookup(str(values["method"]), known)
     try:
         return chosen.config.model_validate(values)
     except ValidationError as error:
         raise RecipeError(explain(error, chosen.config, f"method {chosen.name}")) from error
+
+
+def get_method(name: str) -> Method:
+    """A method by name. Raises RecipeError that lists the known ones."""
+    return lookup(name, methods())
+
+
+def method_config(values: dict[str, Any]) -> MethodConfig:
+    """The validated configuration of a method; see :func:`configure`."""
+    return configure(values, methods())
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ffsplit.budget.registry import planners
 from ffsplit.calibrate.batches import Batches, CalibrationInput, is_causal, make_batches
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.calibrate.devices import visiting
@@ -19,16 +20,17 @@ from ffsplit.calibrate.drift import DriftMeter
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.calibrate.tokens import max_positions
-from ffsplit.errors import CannotRunError, ModelError, RecipeError
+from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, FFNSite, check_dtypes, check_finite, find_ffns, read, replace, verify
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.methods.registry import MethodConfig, get_method
+from ffsplit.methods.registry import get_method
+from ffsplit.pipeline.decide import decide
 from ffsplit.pipeline.job import Job, linear_parameters, make_report
 from ffsplit.pipeline.journal import Journal
 from ffsplit.pipeline.load import open_source
-from ffsplit.pipeline.plan import Plan, make_plan
+from ffsplit.pipeline.plan import make_plan
 from ffsplit.pipeline.recipe import DEFAULT_DOCUMENTS, Recipe, load_recipe
 from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import hash_model
@@ -107,6 +109,8 @@ def _timed_run(job: Job, journal: str | Path | None, cache_dir: str | Path | Non
     """The long work; how many seconds it took."""
     started = time.perf_counter()
     log = Journal(journal, job.identity()) if journal is not None else None
+    if job.recipe.planner is not None:
+        job.settle(job.recipe.methods_for(len(job.shapes), decide(job, log)))
     home = cache_home(job.device, job.data.tokens, job.found.sites[0].d_model)
     with TensorCache(cache_dir, home) as cache, TensorCache(cache_dir, home) as drift_cache:
         _run(job, cache, drift_cache, log)
@@ -157,7 +161,7 @@ def _load(name: str, tokenizer: Any | None, recipe: Recipe, dtype: torch.dtype |
         # Some models need real weights to run; they are looked at again once these are there.
         logger.info("%s could not be traced without weights: %s", name, error)
     else:
-        plan_for(skeleton, found, recipe)
+        check_plan(found, shapes_of(skeleton, found), recipe)
     return source.load(dtype), tokenizer if tokenizer is not None else source.tokenizer()
 
 
@@ -175,18 +179,22 @@ def refuse_compressed(config: Any, name: str) -> None:
     raise ModelError(f"{name} is already compressed (quant_method={kind}); {hint}")
 
 
-def plan_for(model: PreTrainedModel, found: FFNs, recipe: Recipe) -> Plan:
-    """The plan of a recipe for the FFNs that were found. Works on the meta device.
+def shapes_of(model: PreTrainedModel, found: FFNs) -> tuple[FFNShape, ...]:
+    """Sizes of the FFNs that were found. Works on the meta device."""
+    return tuple(FFNShape.of(read(model, site)) for site in found.sites)
+
+
+def check_plan(found: FFNs, shapes: Sequence[FFNShape], recipe: Recipe) -> None:
+    """Refuse, from shapes alone, what cannot work.
 
     Raises:
-        RecipeError: no FFN would change.
+        RecipeError: no FFN would change, or a setting does not fit the model.
         BudgetError: a budget is out of reach.
     """
-    shapes = [FFNShape.of(read(model, site)) for site in found.sites]
-    configs = recipe.methods_for(len(found.sites))
-    if not any(configs):
-        raise RecipeError(f"the overrides leave all {len(configs)} FFNs as they are, so there is nothing to do")
-    return make_plan(found.sites, shapes, configs)
+    if recipe.planner is None:
+        make_plan(found.sites, shapes, recipe.methods_for(len(shapes)))
+    else:
+        planners()[recipe.planner.method].check(shapes, recipe.planner)
 
 
 def _prepare(
@@ -202,7 +210,8 @@ def _prepare(
     if any(isinstance(module, SumFFN) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} has been compressed already; start from the dense model")
     found = find_ffns(model)
-    plan = plan_for(model, found, recipe)
+    shapes = shapes_of(model, found)
+    check_plan(found, shapes, recipe)
     check_dtypes(model, found.sites)
     check_finite(model, found.sites)
     verify(model, found.sites)
@@ -216,14 +225,17 @@ def _prepare(
         samples=_samples(model, recipe),
         batch_size=wanted.batch_size,
     )
-    configs = recipe.methods_for(len(found.sites))
-    _warn_of_little_text(data, configs, max(site.d_ff for site in found.sites))
-    return Job(model, found, recipe, plan, configs, data, device, progress, hash_model(model), linear_parameters(model))
+    _warn_of_little_text(data, recipe, max(site.d_ff for site in found.sites))
+    job = Job(model, found, shapes, recipe, data, device, progress, hash_model(model), linear_parameters(model))
+    if recipe.planner is None:
+        job.settle(recipe.methods_for(len(shapes)))
+    return job
 
 
-def _warn_of_little_text(data: Batches, configs: list[MethodConfig | None], d_ff: int) -> None:
+def _warn_of_little_text(data: Batches, recipe: Recipe, d_ff: int) -> None:
     """A fit over ``d_ff`` neurons from hardly more tokens than that follows the text, not the model."""
-    fitted = any(config is not None and config.needs_data for config in configs)
+    used = [recipe.method, *(override.method for override in recipe.overrides)]
+    fitted = any(config is not None and config.needs_data for config in used)
     if fitted and data.windows is not None and data.tokens < TOKENS_PER_NEURON * d_ff:
         logger.warning(
             "%s tokens of calibration text are few for FFNs of %s neurons; quality gains from several times as many "

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ffsplit.budget.registry import Decision
+from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.batches import Batches
 from ffsplit.families import FFNs
 from ffsplit.families.projection import is_projection
-from ffsplit.methods.registry import MethodConfig
-from ffsplit.pipeline.plan import Plan
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.pipeline.plan import Plan, make_plan
 from ffsplit.pipeline.recipe import Recipe
 from ffsplit.provenance import provenance
 
@@ -25,24 +28,44 @@ class Job:
     """One compression under way.
 
     Attributes:
+        shapes: of the FFNs, in the order of execution.
         linear_parameters: of all linear layers of the dense model but its output head.
+        configs: the method of every FFN; empty until :meth:`settle`.
+        plan: what every FFN becomes; empty until :meth:`settle`.
         notes: one entry per finished FFN, in the order of execution.
     """
 
     model: PreTrainedModel
     found: FFNs
+    shapes: tuple[FFNShape, ...]
     recipe: Recipe
-    plan: Plan
-    configs: list[MethodConfig | None]
     data: Batches
     device: torch.device
     progress: Progress | None
     model_sha256: str
     linear_parameters: int
+    configs: Decision = field(default_factory=list)
+    plan: Plan = field(default_factory=lambda: Plan(ffns=()))
     notes: list[dict[str, Any]] = field(default_factory=list)
 
+    def settle(self, configs: Decision) -> None:
+        """Fix what happens to every FFN.
+
+        Raises:
+            RecipeError: no FFN would change.
+            BudgetError: a budget is out of reach.
+        """
+        self.plan = make_plan(self.found.sites, self.shapes, configs)
+        self.configs = configs
+
+    def scene(self, store: Path | None) -> Scene:
+        """What a planner may look at; ``store`` is where its measurements outlast a killed run."""
+        return Scene(
+            self.model, self.found, self.shapes, self.data, self.device, self.recipe.seed, store, self.progress
+        )
+
     def identity(self) -> dict[str, Any]:
-        """What an interrupted run and its continuation must share."""
+        """What an interrupted run and its continuation must share; what a planner decides follows from the rest."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model_sha256,

@@ -95,17 +95,40 @@ class Journal:
         module.requires_grad_(False)
         return module, json.loads(metadata["notes"])
 
+    def folder(self, name: str) -> Path:
+        """A directory inside the journal for measurements that a resumed run shall not repeat."""
+        folder = self.directory / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def keep(self, name: str, content: Any) -> None:
+        """Write plain values as JSON; they appear whole or not at all."""
+        _write_whole(self.directory / f"{name}.json", json.dumps(content, indent=1).encode())
+
+    def kept(self, name: str) -> Any | None:
+        """What :meth:`keep` wrote under a name, or None.
+
+        Raises:
+            ResumeError: the file is damaged.
+        """
+        file = self.directory / f"{name}.json"
+        return _read_json(file) if file.exists() else None
+
     def remove(self) -> None:
         """Delete the journal: the result is safe elsewhere."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _read_identity(file: Path) -> dict[str, Any]:
+    found = _read_json(file)
+    return found if isinstance(found, dict) else {}
+
+
+def _read_json(file: Path) -> Any:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ResumeError(f"{file} is damaged ({error}); remove the directory to start afresh") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _write_whole(file: Path, content: bytes) -> None:

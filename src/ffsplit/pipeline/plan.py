@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ffsplit.errors import BudgetError
+from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.families.site import FFNSite
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
@@ -56,8 +56,11 @@ def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Seq
     """Decide the structure of every FFN.
 
     Raises:
+        RecipeError: no FFN would change.
         BudgetError: a budget is out of reach for some layer; the message names it and the smallest reachable.
     """
+    if not any(configs):
+        raise RecipeError(f"the overrides leave all {len(configs)} FFNs as they are, so there is nothing to do")
     planned = []
     for site, shape, config in zip(sites, shapes, configs, strict=True):
         if config is None:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from ffsplit.budget.registry import Decision, PlannerConfig, entries, entry_config, get_entry
 from ffsplit.errors import RecipeError
-from ffsplit.methods.registry import MethodConfig, explain, get_method, method_config, methods, nearest
+from ffsplit.methods.registry import MethodConfig, explain, nearest
 
 DEFAULT_BITS = 4.0
 BUDGETS = {
@@ -52,7 +53,7 @@ def _method(value: object) -> object:
     if not isinstance(value, dict):
         raise ValueError("a method is a name or a mapping with a 'method' key")
     try:
-        return method_config(value)
+        return entry_config(value)
     except RecipeError as error:
         raise ValueError(str(error)) from error
 
@@ -93,12 +94,19 @@ class Override(_Block):
     def _as_text(cls, value: object) -> object:
         return str(value) if isinstance(value, int) else value
 
+    @field_validator("method")
+    @classmethod
+    def _no_planner(cls, value: MethodConfig | None) -> MethodConfig | None:
+        if isinstance(value, PlannerConfig):
+            raise ValueError(f"{value.method} decides over all FFNs; an override takes a method for one FFN")
+        return value
+
 
 class Recipe(_Block):
     """Everything that determines a compression, beside the model.
 
     Attributes:
-        method: for every FFN that no override names.
+        method: for every FFN that no override names; or a planner, which decides on a method for each.
         overrides: the last one that names an FFN wins.
         calibration: text and amount.
         propagate: fit each layer on the inputs that the already compressed ones give it.
@@ -115,9 +123,19 @@ class Recipe(_Block):
     drift: float = Field(0.0, ge=0, le=1)
     seed: int = Field(0, ge=0, lt=2**32)
 
-    def methods_for(self, count: int) -> list[MethodConfig | None]:
-        """The method of each of ``count`` FFNs in execution order; None leaves an FFN as it is."""
-        chosen: list[MethodConfig | None] = [self.method] * count
+    @property
+    def planner(self) -> PlannerConfig | None:
+        """What decides over the FFNs, or None when every FFN gets the same method."""
+        return self.method if isinstance(self.method, PlannerConfig) else None
+
+    def methods_for(self, count: int, decided: Decision | None = None) -> Decision:
+        """The method of each of ``count`` FFNs in execution order; None leaves an FFN as it is.
+
+        Args:
+            count: FFNs of the model.
+            decided: by the planner, if there is one; overrides win over it too.
+        """
+        chosen: Decision = [self.method] * count if decided is None else list(decided)
         for override in self.overrides:
             for index in parse_indices(override.ffns, count):
                 chosen[index] = override.method
@@ -207,7 +225,7 @@ def _with_budget(method: dict[str, Any], asked: dict[str, float | None]) -> dict
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) > 1:
         raise RecipeError(f"give one budget, {' or '.join(given)}, not both")
-    chosen = get_method(str(method.get("method")))
+    chosen = get_entry(str(method.get("method")))
     for name, value in given.items():
         if name not in chosen.budget:
             raise RecipeError(f"method {chosen.name} takes no {name}; its budget is {' or '.join(chosen.budget)}")
@@ -221,13 +239,13 @@ def _with_budget(method: dict[str, Any], asked: dict[str, float | None]) -> dict
 
 
 def _named_or_file(name: str) -> dict[str, Any]:
-    if name in methods():
+    if name in entries():
         return {"method": {"method": name}}
     if name in PRESETS:
         return copy.deepcopy(PRESETS[name])
     path = Path(name)
     if path.suffix not in {".yaml", ".yml", ".json"}:
-        known = [*methods(), *PRESETS]
+        known = [*entries(), *PRESETS]
         raise RecipeError(f"unknown recipe {name!r}{nearest(name, known)} Known: {', '.join(known)}; or a .yaml file")
     if not path.is_file():
         raise RecipeError(f"recipe file {name} does not exist")

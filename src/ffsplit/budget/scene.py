@@ -1,0 +1,86 @@
+"""What a decision over layers may look at: the dense model, its FFNs, and calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ffsplit.calibrate.batches import Batches
+from ffsplit.calibrate.cache import TensorCache
+from ffsplit.calibrate.devices import visiting
+from ffsplit.calibrate.layer import LayerData
+from ffsplit.calibrate.replay import BlockReplay
+from ffsplit.families import FFNs, FFNSite, read
+from ffsplit.families.blocks import Block
+from ffsplit.ffn.shape import FFNShape
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The dense model before anything is compressed.
+
+    Attributes:
+        model: in eval mode; whatever a planner puts in, it takes out again.
+        found: its FFNs.
+        shapes: of the FFNs, in execution order.
+        data: calibration batches.
+        device: where to compute.
+        seed: of everything random.
+        store: directory for measurements that a resumed run shall not repeat, or None.
+        progress: called with (what, done, total).
+    """
+
+    model: PreTrainedModel
+    found: FFNs
+    shapes: tuple[FFNShape, ...]
+    data: Batches
+    device: torch.device
+    seed: int = 0
+    store: Path | None = None
+    progress: Progress | None = None
+
+    def batches(self, count: int | None = None) -> list[dict[str, torch.Tensor]]:
+        """The first ``count`` batches, all for None."""
+        return self.data.batches[:count]
+
+    def index_of(self, site: FFNSite) -> int:
+        """The place of a site among all FFNs."""
+        return [found.name for found in self.found.sites].index(site.name)
+
+    def layer_data(self, site: FFNSite, inputs: object) -> LayerData:
+        """One FFN's dense weights on the compute device, with its inputs."""
+        dense = read(self.model, site).map(lambda tensor: tensor.to(device=self.device, dtype=torch.float32))
+        dense.act.to(self.device)
+        return LayerData(dense, inputs, site.name, self.seed + self.index_of(site))  # type: ignore[arg-type]
+
+    def walk(self, count: int | None = None, label: str = "measure") -> Iterator[tuple[Block, BlockReplay]]:
+        """Every block in turn, with a replay of the dense model that has finished all blocks before it.
+
+        The caller may capture inputs and run the model to its end; the replay then moves on over the dense block.
+
+        Args:
+            count: batches; all for None.
+            label: for the progress display.
+        """
+        with TensorCache(None, self.device) as cache:
+            replay = BlockReplay(self.model, self.batches(count), cache, self.device)
+            with visiting(self.model, self.found.blocks, self.device):
+                for number, block in enumerate(self.found.blocks):
+                    yield block, replay
+                    replay.advance(block)
+                    if self.progress is not None:
+                        self.progress(label, number + 1, len(self.found.blocks))
+
+    def layers(self, count: int | None = None, label: str = "statistics") -> Iterator[tuple[int, LayerData]]:
+        """Every FFN in execution order with its inputs in the dense model: for decisions from statistics alone."""
+        for block, replay in self.walk(count, label):
+            inputs = replay.capture(block)
+            for site in block.sites:
+                yield self.index_of(site), self.layer_data(site, inputs[site.name])
+                inputs[site.name].drop()
