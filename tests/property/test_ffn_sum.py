@@ -139,7 +139,12 @@ def projections(rows: int, columns: int) -> st.SearchStrategy[DenseSpec | LowRan
         st.just(DenseSpec(shape=shape)),
         st.builds(LowRankSpec, shape=st.just(shape), rank=st.integers(0, 5)),
         st.builds(
-            PackedSpec, shape=st.just(shape), bits=st.integers(2, 8), group=st.integers(1, columns), symmetric=FLAGS
+            PackedSpec,
+            shape=st.just(shape),
+            bits=st.integers(2, 8),
+            group=st.integers(1, columns),
+            symmetric=FLAGS,
+            scale_bits=st.sampled_from([8, 16]),
         ),
     )
 

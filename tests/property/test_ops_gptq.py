@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ffsplit.ffn.projections import Packed
 from ffsplit.ops.gptq import Order, gptq, inverse_factor
 from ffsplit.ops.refine import output_error, refine, refine_codes, refine_scales
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
@@ -18,6 +19,7 @@ shapes = {
     "rows": st.integers(1, 6),
     "columns": st.integers(1, 40),
     "group": st.one_of(st.none(), st.integers(1, 48)),
+    "scale_bits": st.sampled_from([8, 16]),
     "seed": st.integers(0, 2**20),
 }
 orders = st.sampled_from(["natural", "descending"])
@@ -51,12 +53,13 @@ def test_gptq_beats_round_to_nearest(order: Order, search: bool, bits: int, grou
 @properties
 @given(order=orders, symmetric=st.booleans(), **shapes)
 def test_identity_gram_is_round_to_nearest(
-    order: Order, symmetric: bool, bits: int, rows: int, columns: int, group: int | None, seed: int
+    order: Order, symmetric: bool, bits: int, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
     weight, _ = layer(rows, columns, seed)
     symmetric = symmetric and bits > 1
-    codes, grid = gptq(weight, torch.eye(columns), bits, group, order=order, symmetric=symmetric, search=False)
-    expected, expected_grid = round_to_nearest(weight, bits, group, symmetric=symmetric)
+    options = {"symmetric": symmetric, "search": False, "scale_bits": scale_bits}
+    codes, grid = gptq(weight, torch.eye(columns), bits, group, order=order, **options)
+    expected, expected_grid = round_to_nearest(weight, bits, group, **options)
     assert torch.equal(codes, expected)
     assert torch.equal(grid.scale, expected_grid.scale)
     assert torch.equal(grid.zero, expected_grid.zero)
@@ -66,11 +69,19 @@ def test_identity_gram_is_round_to_nearest(
 @properties
 @given(order=orders, tokens=st.integers(0, 5), damp=st.sampled_from([0.0, 0.01]), **shapes)
 def test_singular_grams_and_dead_inputs_give_finite_codes(
-    order: Order, tokens: int, damp: float, bits: int, rows: int, columns: int, group: int | None, seed: int
+    order: Order,
+    tokens: int,
+    damp: float,
+    bits: int,
+    rows: int,
+    columns: int,
+    group: int | None,
+    scale_bits: int,
+    seed: int,
 ) -> None:
     weight, gram = layer(rows, columns, seed, tokens)
     gram[0], gram[:, 0] = 0.0, 0.0
-    codes, grid = gptq(weight, gram, bits, group, order=order, damp=damp)
+    codes, grid = gptq(weight, gram, bits, group, order=order, damp=damp, scale_bits=scale_bits)
     assert codes.shape == weight.shape
     assert int(codes.max()) < 2**bits
     assert torch.isfinite(grid.scale).all()
@@ -80,11 +91,11 @@ def test_singular_grams_and_dead_inputs_give_finite_codes(
 @properties
 @given(order=orders, block=st.integers(1, 50), **shapes)
 def test_block_size_changes_no_result(
-    order: Order, block: int, bits: int, rows: int, columns: int, group: int | None, seed: int
+    order: Order, block: int, bits: int, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
     weight, gram = layer(rows, columns, seed)
-    first, first_grid = gptq(weight.double(), gram, bits, group, order=order, block=block)
-    second, second_grid = gptq(weight.double(), gram, bits, group, order=order)
+    first, first_grid = gptq(weight.double(), gram, bits, group, order=order, block=block, scale_bits=scale_bits)
+    second, second_grid = gptq(weight.double(), gram, bits, group, order=order, scale_bits=scale_bits)
     assert torch.equal(first, second)
     assert torch.equal(first_grid.scale, second_grid.scale)
 
@@ -111,11 +122,11 @@ def test_inverse_factor(columns: int, seed: int) -> None:
 @properties
 @given(tokens=st.integers(0, 60), sweeps=st.integers(1, 3), **shapes)
 def test_refinement_never_raises_the_error(
-    tokens: int, sweeps: int, bits: int, rows: int, columns: int, group: int | None, seed: int
+    tokens: int, sweeps: int, bits: int, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
     weight, gram = layer(rows, columns, seed, tokens)
     gram[0], gram[:, 0] = 0.0, 0.0
-    codes, grid = round_to_nearest(weight, bits, group)
+    codes, grid = round_to_nearest(weight, bits, group, scale_bits=scale_bits)
     slack = 1e-5 * float(output_error(weight, torch.zeros_like(weight), gram))
     errors = [error(weight, (codes, grid), gram)]
     for _ in range(sweeps):
@@ -125,17 +136,18 @@ def test_refinement_never_raises_the_error(
         errors.append(error(weight, (codes, grid), gram))
         assert int(codes.max()) < 2**bits
         assert (grid.scale > 0).all()
+        assert (grid.row_scale is None) == (scale_bits == 16)
     assert all(after <= before + slack for before, after in itertools.pairwise(errors))
 
 
 @properties
 @given(block=st.integers(1, 50), **shapes)
 def test_refined_codes_are_a_coordinatewise_optimum(
-    block: int, bits: int, rows: int, columns: int, group: int | None, seed: int
+    block: int, bits: int, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
     weight, gram = layer(rows, columns, seed)
     weight = weight.double()
-    codes, grid = round_to_nearest(weight, bits, group)
+    codes, grid = round_to_nearest(weight, bits, group, scale_bits=scale_bits)
     codes = refine_codes(weight, codes, grid, gram, bits, sweeps=30, block=block)
     best = error(weight, (codes, grid), gram)
     column = seed % columns
@@ -158,6 +170,19 @@ def test_refined_scales_solve_the_least_squares_problem() -> None:
         columns = torch.block_diag(*steps[row].reshape(3, 1, 4)).double()
         best = torch.linalg.solve(columns @ gram @ columns.T, columns @ gram @ weight[row])
         assert torch.allclose(refined.scale[row].double(), best, rtol=3e-2)
+
+
+def test_refined_8_bit_scales_are_stored_ones_and_cost_little() -> None:
+    """Little next to float16 scales: at 2 bits a hundredth of a step is not what hurts."""
+    weight, gram = layer(32, 96, 6, tokens=400)
+    errors = {}
+    for scale_bits in (8, 16):
+        codes, grid = refine(weight, *gptq(weight, gram, 2, 16, scale_bits=scale_bits), gram, 2)
+        packed = Packed.from_codes(codes, grid, bits=2, group=16)
+        assert packed.spec.scale_bits == scale_bits
+        assert torch.equal(packed.dense(torch.float64), decode(codes, grid, torch.float64))
+        errors[scale_bits] = error(weight, (codes, grid), gram)
+    assert errors[8] < 1.1 * errors[16]
 
 
 def test_refinement_improves_gptq_a_lot_at_low_bits() -> None:

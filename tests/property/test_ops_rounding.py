@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.errors import RecipeError
-from ffsplit.ops.rounding import Grid, decode, encode, fit_grid, round_to_nearest, storable_scale
+from ffsplit.ops.rounding import Grid, decode, encode, fit_grid, nearest_scale, round_to_nearest, storable_scale
 
 properties = settings(deadline=None, derandomize=True, max_examples=60)
 shapes = {
     "rows": st.integers(1, 6),
     "columns": st.integers(1, 40),
     "group": st.one_of(st.none(), st.integers(1, 48)),
+    "scale_bits": st.sampled_from([8, 16]),
     "seed": st.integers(0, 2**20),
 }
 
@@ -27,11 +28,11 @@ def random_weight(rows: int, columns: int, seed: int, dtype: torch.dtype = torch
 @properties
 @given(bits=st.integers(1, 8), symmetric=st.booleans(), **shapes)
 def test_error_is_at_most_half_a_step(
-    bits: int, symmetric: bool, rows: int, columns: int, group: int | None, seed: int
+    bits: int, symmetric: bool, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
     weight = random_weight(rows, columns, seed)
     symmetric = symmetric and bits > 1
-    codes, grid = round_to_nearest(weight, bits, group, symmetric=symmetric)
+    codes, grid = round_to_nearest(weight, bits, group, symmetric=symmetric, scale_bits=scale_bits)
     step = grid.columns(columns)[0]
     assert int(codes.max()) < 2**bits
     assert int(grid.zero.max()) < 2**bits
@@ -41,13 +42,13 @@ def test_error_is_at_most_half_a_step(
 @properties
 @given(bits=st.integers(1, 8), **shapes)
 def test_search_never_loses_in_its_own_measure(
-    bits: int, rows: int, columns: int, group: int | None, seed: int
+    bits: int, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
     weight = random_weight(rows, columns, seed)
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) + 0.01
     errors = []
     for search in (False, True):
-        codes, grid = round_to_nearest(weight, bits, group, search=search, importance=importance)
+        codes, grid = round_to_nearest(weight, bits, group, search=search, importance=importance, scale_bits=scale_bits)
         errors.append(((decode(codes, grid, torch.float32) - weight).square() * importance).sum())
     assert errors[1] <= errors[0] * (1 + 1e-5) + 1e-12
 
@@ -55,18 +56,21 @@ def test_search_never_loses_in_its_own_measure(
 @properties
 @given(bits=st.integers(1, 8), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float64]), **shapes)
 def test_decoded_weights_encode_to_themselves(
-    bits: int, dtype: torch.dtype, rows: int, columns: int, group: int | None, seed: int
+    bits: int, dtype: torch.dtype, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
 ) -> None:
-    codes, grid = round_to_nearest(random_weight(rows, columns, seed, dtype), bits, group)
+    codes, grid = round_to_nearest(random_weight(rows, columns, seed, dtype), bits, group, scale_bits=scale_bits)
     assert torch.equal(encode(decode(codes, grid, torch.float32), grid, bits), codes)
     assert decode(codes, grid, dtype).dtype == dtype
 
 
 @properties
 @given(bits=st.integers(1, 7), **shapes)
-def test_more_bits_give_a_finer_step(bits: int, rows: int, columns: int, group: int | None, seed: int) -> None:
+def test_more_bits_give_a_finer_step(
+    bits: int, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
+) -> None:
     weight = random_weight(rows, columns, seed)
-    assert (fit_grid(weight, bits + 1, group).scale <= fit_grid(weight, bits, group).scale).all()
+    coarse, fine = (fit_grid(weight, b, group, scale_bits=scale_bits).scale for b in (bits, bits + 1))
+    assert (fine <= coarse).all()
 
 
 @properties
@@ -76,6 +80,48 @@ def test_scales_are_rounded_up_to_float16(value: float) -> None:
     assert stored.dtype == torch.float16
     assert stored.double() >= value
     assert stored.double() <= value * (1 + 2**-10) + 2**-24
+
+
+@properties
+@given(bits=st.integers(1, 8), search=st.booleans(), **shapes)
+def test_8_bit_scales_are_what_is_stored(
+    bits: int, search: bool, rows: int, columns: int, group: int | None, scale_bits: int, seed: int
+) -> None:
+    grid = fit_grid(random_weight(rows, columns, seed), bits, group, search=search, scale_bits=scale_bits)
+    if scale_bits == 16:
+        assert grid.row_scale is None
+        assert grid.scale.dtype == torch.float16
+        return
+    assert grid.row_scale is not None
+    assert int(grid.scale_codes.min()) >= 1
+    assert torch.equal(grid.scale_codes.double() * grid.row_scale.double()[:, None] / 256, grid.scale.double())
+    if not search:  # the widest group of each row uses (nearly) all of the range
+        assert int(grid.scale_codes.amax(1).min()) >= 254
+        free = fit_grid(random_weight(rows, columns, seed), bits, group).scale.double()
+        widest = free.amax(1, keepdim=True)
+        assert ((grid.scale.double() - free).abs() <= widest * (1 / 255 + 2**-9) + 2**-23).all()
+
+
+def test_a_group_of_zeros_does_not_spoil_the_units_of_its_row() -> None:
+    weight = torch.cat([torch.zeros(1, 4), torch.tensor([[1e-3, -2e-3, 3e-3, 1e-3]])], dim=1)
+    codes, grid = round_to_nearest(weight, 4, 4, scale_bits=8)
+    assert torch.equal(decode(codes, grid, torch.float32)[:, :4], torch.zeros(1, 4))
+    assert float((decode(codes, grid, torch.float32) - weight).abs().max()) < 2e-4
+    zeros = round_to_nearest(torch.zeros(2, 8), 3, 4, scale_bits=8)
+    assert torch.equal(decode(*zeros, torch.float32), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("row_scale", [2.0**-24, 3e-5, 0.37, 65504.0])
+def test_nearest_and_next_8_bit_scales_by_brute_force(row_scale: float) -> None:
+    row = torch.tensor([row_scale]).half()
+    lattice = torch.arange(1, 256).double() * row.double() / 256
+    wanted = lattice[0] * torch.linspace(0.1, 260, 997, dtype=torch.float64)
+    nearest = nearest_scale(wanted[None], row)[0].double()
+    above = storable_scale(wanted[None], row)[0].double()
+    distance = (lattice[:, None] - wanted).abs()
+    assert torch.equal((nearest - wanted).abs(), distance.amin(0))
+    expected = [min((s for s in lattice.tolist() if s >= w), default=float(lattice[-1])) for w in wanted.tolist()]
+    assert above.tolist() == expected
 
 
 def test_groups_are_contiguous_and_the_last_may_be_short() -> None:
@@ -89,9 +135,10 @@ def test_groups_are_contiguous_and_the_last_may_be_short() -> None:
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [3e-12, -1e-12], [1e30, -1e30]])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_extreme_groups_stay_finite(values: list[float], symmetric: bool) -> None:
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_extreme_groups_stay_finite(values: list[float], symmetric: bool, scale_bits: int) -> None:
     weight = torch.tensor([values])
-    codes, grid = round_to_nearest(weight, 4, None, symmetric=symmetric, search=True)
+    codes, grid = round_to_nearest(weight, 4, None, symmetric=symmetric, search=True, scale_bits=scale_bits)
     assert torch.isfinite(grid.scale).all()
     assert (grid.scale > 0).all()
     assert torch.isfinite(decode(codes, grid, torch.float32)).all()
@@ -108,6 +155,8 @@ def test_impossible_requests_are_refused() -> None:
         fit_grid(weight, 9, 2)
     with pytest.raises(RecipeError, match="group=0"):
         fit_grid(weight, 4, 0)
+    with pytest.raises(RecipeError, match="scale_bits=4"):
+        fit_grid(weight, 4, 2, scale_bits=4)
     with pytest.raises(RecipeError, match="symmetric"):
         fit_grid(weight, 1, 2, symmetric=True)
 

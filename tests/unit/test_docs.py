@@ -75,11 +75,12 @@ def reader() -> dict[str, Any]:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("columns", [24, 37])
+@pytest.mark.parametrize("scale_bits", [8, 16])
 def test_packed_projections_can_be_read_without_ffsplit(
-    reader: dict[str, Any], bits: int, columns: int, symmetric: bool
+    reader: dict[str, Any], bits: int, columns: int, symmetric: bool, scale_bits: int
 ) -> None:
     weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(bits))
-    grid = fit_grid(weight, bits, 16, symmetric=symmetric)
+    grid = fit_grid(weight, bits, 16, symmetric=symmetric, scale_bits=scale_bits)
     packed = Packed.from_codes(encode(weight, grid, bits), grid, bits=bits, group=16, symmetric=symmetric)
     tensors = {f"here.{name}": tensor.numpy() for name, tensor in packed.state_dict().items()}
     read = reader["dense"](tensors, "here", packed.spec.model_dump())

@@ -9,27 +9,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffsplit.ffn.projections import Packed
+from ffsplit.ffn.projections import Packed, PackedSpec
 from ffsplit.kernels.packed import dequantize, packed_linear
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
 
 SHAPES = [(3, 1, 8), (5, 13, 4), (4, 16, 16), (7, 33, 8), (2, 40, 64), (6, 24, 7)]
 
 
-def example(bits: int, rows: int, columns: int, group: int, symmetric: bool = False) -> tuple[Packed, Tensor, Grid]:
+def example(
+    bits: int, rows: int, columns: int, group: int, symmetric: bool = False, scale_bits: int = 16
+) -> tuple[Packed, Tensor, Grid]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits + columns))
-    codes, grid = round_to_nearest(weight, bits, group, symmetric=symmetric)
+    codes, grid = round_to_nearest(weight, bits, group, symmetric=symmetric, scale_bits=scale_bits)
     return Packed.from_codes(codes, grid, bits=bits, group=group, symmetric=symmetric), codes, grid
 
 
+@pytest.mark.parametrize("scale_bits", [8, 16])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_the_stored_matrix_is_the_decoded_one(
-    bits: int, rows: int, columns: int, group: int, symmetric: bool, dtype: torch.dtype
+    bits: int, rows: int, columns: int, group: int, symmetric: bool, dtype: torch.dtype, scale_bits: int
 ) -> None:
-    packed, codes, grid = example(bits, rows, columns, group, symmetric)
+    packed, codes, grid = example(bits, rows, columns, group, symmetric, scale_bits)
     assert torch.equal(packed.dense(dtype), decode(codes, grid, dtype))
     assert sum(8 * tensor.nbytes for tensor in packed.state_dict().values()) == packed.spec.stored_bits(16)
 
@@ -46,9 +49,10 @@ def test_one_bit() -> None:
     assert torch.equal(packed.dense(), decode(codes, grid, torch.float32))
 
 
+@pytest.mark.parametrize("scale_bits", [8, 16])
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
-def test_casts_change_no_stored_bit(cast: Any) -> None:
-    packed, _, _ = example(3, 6, 20, 8)
+def test_casts_change_no_stored_bit(cast: Any, scale_bits: int) -> None:
+    packed, _, _ = example(3, 6, 20, 8, scale_bits=scale_bits)
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     weight = packed.dense().clone()
     cast(nn.ModuleList([packed]))
@@ -62,21 +66,40 @@ def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     assert packed(torch.ones(2, 20, dtype=dtype)).dtype == dtype
 
 
-def test_gradients_reach_the_input() -> None:
-    packed, _, _ = example(4, 5, 13, 4)
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_gradients_reach_the_input(scale_bits: int) -> None:
+    packed, _, _ = example(4, 5, 13, 4, scale_bits=scale_bits)
     x = torch.randn(3, 13, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(packed, (x,))
     assert not list(packed.parameters())
 
 
-def test_the_state_survives_safetensors_and_a_fresh_module() -> None:
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_the_state_survives_safetensors_and_a_fresh_module(scale_bits: int) -> None:
     from safetensors.torch import load, save
 
-    packed, _, _ = example(5, 6, 21, 8)
+    packed, _, _ = example(5, 6, 21, 8, scale_bits=scale_bits)
     stored = save(packed.state_dict())
     fresh = Packed.empty(packed.spec, torch.bfloat16, torch.device("cpu"))
     fresh.load_state_dict(load(io.BytesIO(stored).getvalue()))
     assert torch.equal(fresh.dense(), packed.dense())
+
+
+def test_a_structure_stored_before_there_were_8_bit_scales() -> None:
+    packed, _, _ = example(5, 6, 21, 8)
+    old = packed.spec.model_dump()
+    del old["scale_bits"]
+    spec = PackedSpec.model_validate(old)
+    assert spec == packed.spec
+    fresh = Packed.empty(spec, torch.float32, torch.device("cpu"))
+    assert set(fresh.state_dict()) == {"codes", "scale", "zero"}
+    fresh.load_state_dict({name: packed.state_dict()[name] for name in ("codes", "scale", "zero")})
+    assert torch.equal(fresh.dense(), packed.dense())
+
+
+def test_8_bit_scales_halve_what_scales_cost() -> None:
+    sixteen, eight = (PackedSpec(shape=(64, 512), bits=3, group=64, scale_bits=bits) for bits in (16, 8))
+    assert sixteen.stored_bits(16) - eight.stored_bits(16) == 64 * (8 * 8 - 16)
 
 
 def test_meta_tensors_pass() -> None:

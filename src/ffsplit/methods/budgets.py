@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.projections import DenseSpec, LowRankSpec, PackedSpec
+from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 
@@ -34,13 +35,17 @@ def low_rank_branch_spec(shape: FFNShape, neurons: int, rank: int) -> BranchSpec
     )
 
 
-def packed_branch_spec(shape: FFNShape, neurons: int, bits: int, group: int, symmetric: bool = False) -> BranchSpec:
+def packed_branch_spec(
+    shape: FFNShape, neurons: int, bits: int, group: int, symmetric: bool = False, scale_bits: ScaleBits = 16
+) -> BranchSpec:
     """A branch of ``neurons`` neurons in ``bits``-bit codes; 16 bits means dense."""
     if bits == FLOAT_BITS:
         return dense_branch_spec(shape, neurons)
 
     def packed(rows: int, columns: int) -> PackedSpec:
-        return PackedSpec(shape=(rows, columns), bits=bits, group=min(group, columns), symmetric=symmetric)
+        return PackedSpec(
+            shape=(rows, columns), bits=bits, group=min(group, columns), symmetric=symmetric, scale_bits=scale_bits
+        )
 
     inner = packed(neurons, shape.d_model)
     return BranchSpec(

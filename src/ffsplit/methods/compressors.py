@@ -124,10 +124,13 @@ class Rounding(Compressor):
     def _rounded(
         self, weight: Float[Tensor, "out in"], spec: PackedSpec, gram: GramOfInputs
     ) -> tuple[UInt8[Tensor, "out in"], Grid]:
+        symmetric, scale_bits = spec.symmetric, spec.scale_bits
         if self.how == "gptq" and gram is not None:
-            codes, grid = gptq(weight, gram, spec.bits, spec.group, damp=DAMP, symmetric=spec.symmetric)
+            codes, grid = gptq(
+                weight, gram, spec.bits, spec.group, damp=DAMP, symmetric=symmetric, scale_bits=scale_bits
+            )
             return refine(weight, codes, grid, ridged(gram, DAMP), spec.bits, self.polish)
-        grid = fit_grid(weight, spec.bits, spec.group, symmetric=spec.symmetric)
+        grid = fit_grid(weight, spec.bits, spec.group, symmetric=symmetric, scale_bits=scale_bits)
         return encode(weight, grid, spec.bits), grid
 
 
@@ -137,4 +140,5 @@ WHITENED = TruncatedSVD(whitened=True)
 
 def rows_of_grid(grid: Grid, start: int, stop: int) -> Grid:
     """The grid of some of the rows."""
-    return replace(grid, scale=grid.scale[start:stop], zero=grid.zero[start:stop])
+    row_scale = None if grid.row_scale is None else grid.row_scale[start:stop]
+    return replace(grid, scale=grid.scale[start:stop], zero=grid.zero[start:stop], row_scale=row_scale)

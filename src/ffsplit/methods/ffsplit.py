@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
+from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import SumFFN
@@ -47,6 +48,8 @@ class FFSplitConfig(MethodConfig):
             linear map of the input), ``gptq`` or ``rtn`` (low bit).
         rest_bits: bits of the rest's codes; None takes the widest that fit.
         group: consecutive inputs that share a scale; the heavy count is a multiple of it.
+        symmetric: no zero points.
+        scale_bits: 16 for float16 scales, or 8 for multiples of a unit per row: 8 bits a group less, 16 a row more.
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down`, the heavy part absorbing the error of the rest. The paper has none.
         ridge: pull of that fit to the old weights.
@@ -65,6 +68,7 @@ class FFSplitConfig(MethodConfig):
     rest_bits: int | None = Field(None, ge=2, le=8)
     group: int = Field(64, ge=8)
     symmetric: bool = False
+    scale_bits: ScaleBits = 16
     polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-3, ge=0)
@@ -192,7 +196,7 @@ def _heavy_counts(shape: FFNShape, config: FFSplitConfig) -> list[int]:
 
 def _low_bit_spec(shape: FFNShape, config: FFSplitConfig, heavy: int, rest_bits: int) -> SumSpec:
     def branch(neurons: int, bits: int) -> BranchSpec:
-        return packed_branch_spec(shape, neurons, bits, config.group, config.symmetric)
+        return packed_branch_spec(shape, neurons, bits, config.group, config.symmetric, config.scale_bits)
 
     branches = [branch(heavy, config.heavy_bits or 8)] if heavy else []
     if heavy < shape.d_ff:

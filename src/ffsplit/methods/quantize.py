@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
+from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
@@ -27,6 +28,7 @@ class QuantizeConfig(MethodConfig):
         rounding: ``gptq`` or ``rtn``.
         group: consecutive inputs that share a scale.
         symmetric: no zero points.
+        scale_bits: 16 for float16 scales, or 8 for multiples of a unit per row: 8 bits a group less, 16 a row more.
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down` on the quantised activations before it is quantised itself.
         ridge: pull of that fit to the old weights.
@@ -38,6 +40,7 @@ class QuantizeConfig(MethodConfig):
     rounding: RoundHow = "gptq"
     group: int = Field(64, ge=8)
     symmetric: bool = False
+    scale_bits: ScaleBits = 16
     polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-2, ge=0)
@@ -73,7 +76,7 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
     """
     widths = range(8, 1, -1) if config.code_bits is None else (config.code_bits,)
     for code_bits in widths:
-        branch = packed_branch_spec(shape, shape.d_ff, code_bits, config.group, config.symmetric)
+        branch = packed_branch_spec(shape, shape.d_ff, code_bits, config.group, config.symmetric, config.scale_bits)
         spec = sum_spec(shape, [branch], bias=shape.down_bias)
         if config.bits is None or average_bits(spec, shape) <= config.bits:
             return spec

@@ -31,6 +31,7 @@ def gptq(
     order: Order = "descending",
     search: bool = True,
     block: int = 64,
+    scale_bits: int = 16,
 ) -> tuple[UInt8[Tensor, "out in"], Grid]:
     """Codes whose outputs, not whose weights, are close to those of ``weight``.
 
@@ -48,6 +49,7 @@ def gptq(
             less error; where they are alike, the two are within 20 % of each other.
         search: search each grid's range for the least squared error, weighted by the Gram's diagonal.
         block: columns between two updates of the rest of the matrix; changes the speed, not the result.
+        scale_bits: see `fit_grid`; in natural order the units of 8-bit scales are those of the uncorrected weight.
 
     Returns:
         The codes in the original column order, and their grid.
@@ -56,7 +58,8 @@ def gptq(
     """
     work = weight.to(torch.promote_types(weight.dtype, torch.float32))
     metric = gram.double() / diagonal_scale(gram)
-    fit = partial(fit_grid, bits=bits, group=group_size(weight.shape[1], group), symmetric=symmetric, search=search)
+    size = group_size(weight.shape[1], group)
+    fit = partial(fit_grid, bits=bits, group=size, symmetric=symmetric, search=search, scale_bits=scale_bits)
     return (_static if order == "descending" else _dynamic)(work, metric, bits, fit, damp, block)
 
 
@@ -79,13 +82,15 @@ def _dynamic(
     """Natural order, every grid fitted to the corrected weights of its group."""
     rest, factor = work.T.clone(), inverse_factor(metric, damp).to(work)
     size: int = fit.keywords["group"]
+    row_scale = fit(work, search=False).row_scale if fit.keywords["scale_bits"] == 8 else None
     grids, codes = [], []
     for start in range(0, len(rest), size):
         group = rest[start : start + size].T
-        grids.append(fit(group, importance=_importance(metric)[start : start + size].to(work)))
+        importance = _importance(metric)[start : start + size].to(work)
+        grids.append(fit(group, importance=importance, row_scale=row_scale))
         scale, zero = (values.to(work).T for values in grids[-1].columns(group.shape[1]))
         codes.append(_round_span(rest, factor, scale, zero, bits, start, block))
-    grid = Grid(torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1), size)
+    grid = Grid(torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1), size, row_scale)
     return torch.cat(codes).T.contiguous(), grid
 
 

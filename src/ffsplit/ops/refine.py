@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ffsplit.ops.linalg import diagonal_scale, ridged
-from ffsplit.ops.rounding import LARGEST_SCALE, SMALLEST_SCALE, Grid, nearest_code
+from ffsplit.ops.rounding import Grid, nearest_code, nearest_scale
 
 
 def output_error(
@@ -82,10 +82,11 @@ def refine_scales(
     gram: Float[Tensor, "in in"],
     sweeps: int = 2,
 ) -> Grid:
-    """Least-squares scales for given codes, one group of columns after another, each stored as float16.
+    """Least-squares scales for given codes, one group of columns after another, each one that the grid can store.
 
-    With the other groups fixed, the error is a parabola in a row's scale, so of all float16 numbers the one nearest to
-    its minimum is the best, the old scale included. Groups whose codes say nothing keep their scale.
+    With the other groups fixed, the error is a parabola in a row's scale, so of all storable scales (float16 numbers,
+    or multiples of the row's unit, which stays) the one nearest to its minimum is the best, the old scale included.
+    Groups whose codes say nothing keep their scale.
 
     Args:
         weight: the weight to imitate.
@@ -103,11 +104,11 @@ def refine_scales(
             here = slice(index * grid.group, (index + 1) * grid.group)
             curvature = (steps[here] * (metric[here, here] @ steps[here])).sum(0)
             shift = _ratio((steps[here] * gradient[here]).sum(0), curvature)
-            best = (scale[index] + shift).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(work)
+            best = nearest_scale((scale[index] + shift)[:, None], grid.row_scale)[:, 0].to(work)
             best = torch.where(curvature > 0, best, scale[index])
             gradient.addmm_(metric[:, here], steps[here] * (best - scale[index]), alpha=-1)
             scale[index] = best
-    return replace(grid, scale=scale.T.to(torch.float16).contiguous())
+    return replace(grid, scale=scale.T.to(grid.scale.dtype).contiguous())
 
 
 def _problem(

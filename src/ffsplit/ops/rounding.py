@@ -1,8 +1,8 @@
 """Grouped round-to-nearest: codes of 1 to 8 bits with a float16 scale and an integer zero point per group.
 
 ``weight ~ (code - zero) * scale``. Groups are contiguous runs along the input dimension of a ``[out, in]`` weight; the
-last may be short. Scales are rounded to float16 *before* the codes are computed, so that what is stored is what was
-fitted.
+last may be short. Scales are rounded to what can be stored *before* the codes are computed, so that what is stored is
+what was fitted: float16 numbers, or with 8-bit scales multiples 1 to 255 of a unit that the groups of a row share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ffsplit.errors import RecipeError
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST_SCALE = 65504.0
 SHRINK_RANGE = (1.0, 0.3)
+# A power of two, so that unit and scale are exact in float32 on every device; the largest code is one less.
+SCALE_UNITS = 256
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,22 @@ class Grid:
     """Where the codes of a weight lie.
 
     Attributes:
-        scale: step per row and group, > 0.
+        scale: step per row and group, > 0; float16, or float32 if ``row_scale`` is there.
         zero: the code that means 0.0, per row and group, in ``0..2**bits - 1``.
         group: columns per group; the last group may be short.
+        row_scale: each scale is one of 1 to 255 times ``row_scale / 256``; None: each is a float16 of its own.
     """
 
-    scale: Float16[Tensor, "out groups"]
+    scale: Float[Tensor, "out groups"]
     zero: UInt8[Tensor, "out groups"]
     group: int
+    row_scale: Float16[Tensor, " out"] | None = None
+
+    @property
+    def scale_codes(self) -> UInt8[Tensor, "out groups"]:
+        """The scales in units of their row; only where there is a ``row_scale``."""
+        assert self.row_scale is not None
+        return torch.round(self.scale / scale_unit(self.row_scale)).to(torch.uint8)
 
     def columns(self, count: int) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
         """Scale and zero of each of ``count`` columns, float32."""
@@ -62,6 +72,8 @@ def fit_grid(
     search: bool = False,
     steps: int = 36,
     importance: Float[Tensor, "... in"] | None = None,
+    scale_bits: int = 16,
+    row_scale: Float16[Tensor, " out"] | None = None,
 ) -> Grid:
     """Fit scale and zero point to every group of a weight.
 
@@ -75,18 +87,28 @@ def fit_grid(
         steps: number of ranges tried by the search, from the full one down to 0.3 of it.
         importance: weight of each column's squared error, such as the diagonal of the Gram of the inputs; per row too
             if two-dimensional.
+        scale_bits: 16 (float16 scales) or 8 (multiples of a unit per row, which the widest group of the row decides).
+        row_scale: with 8-bit scales, units that are given already; ranges beyond 255 units are cut off.
 
     Raises:
-        RecipeError: ``bits``, ``group`` or the combination of ``symmetric`` with 1 bit is not possible.
+        RecipeError: ``bits``, ``group``, ``scale_bits`` or the combination of ``symmetric`` with 1 bit is not possible.
     """
     _check_bits(bits, symmetric)
+    if scale_bits not in (8, 16):
+        raise RecipeError(f"scale_bits={scale_bits} is neither 8 nor 16")
     size = group_size(weight.shape[1], group)
     grouped = _grouped(_working(weight), size)
-    scale, zero = _covering_range(grouped, bits, symmetric)
+    covering = _covering_scale(grouped, bits, symmetric)
+    if scale_bits == 8 and row_scale is None:
+        row_scale = _row_scale(covering)
+    if row_scale is None:
+        covering = torch.where(covering > 0, covering, 1.0)
+    scale = storable_scale(covering, row_scale)
+    zero = _zero_point(grouped, scale, bits, symmetric)
     if search and weight.numel():
         cost = None if importance is None else _grouped(importance.to(grouped).expand(weight.shape), size)
-        scale = _search_scale(grouped, scale, zero, bits, steps, cost)
-    return Grid(scale, zero.to(torch.uint8), size)
+        scale = _search_scale(grouped, scale, zero, bits, steps, cost, row_scale)
+    return Grid(scale, zero.to(torch.uint8), size, row_scale)
 
 
 def encode(weight: Float[Tensor, "out in"], grid: Grid, bits: int) -> UInt8[Tensor, "out in"]:
@@ -109,9 +131,12 @@ def round_to_nearest(
     symmetric: bool = False,
     search: bool = False,
     importance: Float[Tensor, "... in"] | None = None,
+    scale_bits: int = 16,
 ) -> tuple[UInt8[Tensor, "out in"], Grid]:
     """`fit_grid`, then `encode`: the baseline of every rounding method."""
-    grid = fit_grid(weight, bits, group, symmetric=symmetric, search=search, importance=importance)
+    grid = fit_grid(
+        weight, bits, group, symmetric=symmetric, search=search, importance=importance, scale_bits=scale_bits
+    )
     return encode(weight, grid, bits), grid
 
 
@@ -122,8 +147,31 @@ def nearest_code(
     return (torch.round(weight / scale) + zero).clamp(0, 2**bits - 1)
 
 
-def storable_scale(scale: Float[Tensor, "*shape"]) -> Float16[Tensor, "*shape"]:
-    """The float16 next above each positive scale (so that no range shrinks), within the finite float16 numbers."""
+def scale_unit(row_scale: Float16[Tensor, " out"]) -> Float[Tensor, "out 1"]:
+    """What the 8-bit scales of each row are multiples of, float32."""
+    return (row_scale.float() / SCALE_UNITS)[:, None]
+
+
+def nearest_scale(
+    scale: Float[Tensor, "*shape"], row_scale: Float16[Tensor, " out"] | None = None
+) -> Float[Tensor, "*shape"]:
+    """The storable scale nearest to each: a float16, or with ``row_scale`` (shape ``[out, groups]``) float32."""
+    if row_scale is None:
+        return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
+    unit = scale_unit(row_scale)
+    return torch.round(scale / unit).clamp(1, SCALE_UNITS - 1).float() * unit
+
+
+def storable_scale(
+    scale: Float[Tensor, "*shape"], row_scale: Float16[Tensor, " out"] | None = None
+) -> Float[Tensor, "*shape"]:
+    """The storable scale next above each (so that no range shrinks), within what can be stored.
+
+    A finite float16; or with ``row_scale`` (and shape ``[out, groups]``) a multiple of the row's unit, float32.
+    """
+    if row_scale is not None:
+        unit = scale_unit(row_scale)
+        return torch.ceil(scale / unit).clamp(1, SCALE_UNITS - 1).float() * unit
     bounded = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE)
     half = bounded.to(torch.float16)
     # Positive float16 numbers are ordered as their bit patterns are.
@@ -152,36 +200,55 @@ def _spread(values: Float[Tensor, "out groups"], count: int, size: int) -> Float
     return values.repeat_interleave(size, dim=1)[:, :count]
 
 
-def _covering_range(
+def _covering_scale(
     grouped: Float[Tensor, "out groups group"], bits: int, symmetric: bool
-) -> tuple[Float16[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """The smallest storable scale, and the zero point, whose range covers every value of the group and 0.0."""
-    low, high = grouped.amin(-1).clamp_max(0.0), grouped.amax(-1).clamp_min(0.0)
+) -> Float[Tensor, "out groups"]:
+    """The smallest scale whose range covers every value of the group and 0.0; zero for a group of zeros."""
+    low, high = _range(grouped)
     if symmetric:
         half = 2 ** (bits - 1)
-        scale = torch.maximum(-low / half, high / (half - 1))
-    else:
-        scale = (high - low) / (2**bits - 1)
-    stored = storable_scale(torch.where(scale > 0, scale, 1.0))
+        return torch.maximum(-low / half, high / (half - 1))
+    scale: Tensor = (high - low) / (2**bits - 1)
+    return scale
+
+
+def _range(
+    grouped: Float[Tensor, "out groups group"],
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """The least and the greatest of each group's values and 0.0."""
+    return grouped.amin(-1).clamp_max(0.0), grouped.amax(-1).clamp_min(0.0)
+
+
+def _row_scale(covering: Float[Tensor, "out groups"]) -> Float16[Tensor, " out"]:
+    """So that 255 units cover the widest group of each row; one for a row of zeros."""
+    widest = covering.amax(1) if covering.shape[1] else covering.new_zeros(covering.shape[0])
+    return storable_scale(torch.where(widest > 0, widest * SCALE_UNITS / (SCALE_UNITS - 1), 1.0))
+
+
+def _zero_point(
+    grouped: Float[Tensor, "out groups group"], scale: Float[Tensor, "out groups"], bits: int, symmetric: bool
+) -> Float[Tensor, "out groups"]:
+    """The code that means 0.0."""
     if symmetric:
-        return stored, torch.full_like(scale, half)
-    return stored, torch.round(-low / stored).clamp(0, 2**bits - 1)
+        return torch.full_like(scale, 2 ** (bits - 1), dtype=grouped.dtype)
+    return torch.round(-_range(grouped)[0] / scale).clamp(0, 2**bits - 1)
 
 
 def _search_scale(
     grouped: Float[Tensor, "out groups group"],
-    scale: Float16[Tensor, "out groups"],
+    scale: Float[Tensor, "out groups"],
     zero: Float[Tensor, "out groups"],
     bits: int,
     steps: int,
     cost: Float[Tensor, "out groups group"] | None,
-) -> Float16[Tensor, "out groups"]:
+    row_scale: Float16[Tensor, " out"] | None,
+) -> Float[Tensor, "out groups"]:
     """Per group the scale, among ``steps`` fractions of the covering one, with the least weighted squared error."""
     best_scale, best_error = scale, torch.full(scale.shape, torch.inf, dtype=grouped.dtype, device=grouped.device)
     first, last = SHRINK_RANGE
     for step in range(steps):
         fraction = first + (last - first) * step / max(steps - 1, 1)
-        candidate = scale if step == 0 else storable_scale(scale.to(grouped.dtype) * fraction)
+        candidate = scale if step == 0 else storable_scale(scale.to(grouped.dtype) * fraction, row_scale)
         step_size = candidate.to(grouped.dtype)[..., None]
         rounded = nearest_code(grouped, step_size, zero[..., None], bits).sub_(zero[..., None]).mul_(step_size)
         error = rounded.sub_(grouped).square_()

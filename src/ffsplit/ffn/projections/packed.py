@@ -14,16 +14,23 @@ from ffsplit.kernels.packed import dequantize, packed_linear
 from ffsplit.ops.packing import pack, packed_columns
 from ffsplit.ops.rounding import Grid
 
-SCALE_BITS = 16
+ScaleBits = Literal[8, 16]
+"""Float16 scales, or 8-bit multiples of a unit per row."""
+ROW_SCALE_BITS = 16
 
 
 class PackedSpec(StorageSpec):
-    """Codes of ``bits`` bits in groups along the input dimension, each group with a float16 scale and a zero."""
+    """Codes of ``bits`` bits in groups along the input dimension, each group with a scale and a zero.
+
+    Attributes:
+        scale_bits: 16: float16 scales; 8: multiples of a unit per row, which is a float16.
+    """
 
     kind: Literal["packed"] = "packed"
     bits: int = Field(ge=1, le=8)
     group: int = Field(ge=1)
     symmetric: bool = False
+    scale_bits: ScaleBits = 16
 
     @property
     def groups(self) -> int:
@@ -37,29 +44,36 @@ class PackedSpec(StorageSpec):
         """Bits of codes (with the padding of their rows), scales and zeros; independent of ``float_bits``."""
         rows, columns = self.shape
         zeros = 0 if self.symmetric else 8 * packed_columns(rows * self.groups, self.bits)
-        return rows * (8 * packed_columns(columns, self.bits) + SCALE_BITS * self.groups) + zeros
+        scales = self.scale_bits * self.groups + (ROW_SCALE_BITS if self.scale_bits == 8 else 0)
+        return rows * (8 * packed_columns(columns, self.bits) + scales) + zeros
 
     def describe(self) -> str:
-        return f"int{self.bits} in groups of {self.group}"
+        scales = " with 8-bit scales" if self.scale_bits == 8 else ""
+        return f"int{self.bits} in groups of {self.group}{scales}"
 
 
 class Packed(Projection):
-    """Low-bit codes, float16 scales and integer zeros, in groups along the input dimension.
+    """Low-bit codes, scales and integer zeros, in groups along the input dimension.
 
-    The scales are kept as int16 bit patterns: ``model.to(bfloat16)`` or ``from_pretrained(dtype=...)`` casts
-    floating-point tensors, and a rounded scale would silently change every weight of its group.
+    Float16 scales (those of the groups, or the one per row of 8-bit scales) are kept as int16 bit patterns:
+    ``model.to(bfloat16)`` or ``from_pretrained(dtype=...)`` casts floating-point tensors, and a rounded scale would
+    silently change every weight of its group.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    row_scale: Tensor | None
 
-    def __init__(self, spec: PackedSpec, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    def __init__(
+        self, spec: PackedSpec, codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.spec: PackedSpec = spec
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
+        self.register_buffer("row_scale", row_scale)
 
     @classmethod
     def from_codes(
@@ -67,21 +81,29 @@ class Packed(Projection):
     ) -> Packed:
         """Pack integer codes and their grid; a symmetric grid drops its constant zeros."""
         spec = PackedSpec(
-            shape=(codes.shape[0], codes.shape[1]), bits=bits, group=min(group, codes.shape[1]), symmetric=symmetric
+            shape=(codes.shape[0], codes.shape[1]),
+            bits=bits,
+            group=min(group, codes.shape[1]),
+            symmetric=symmetric,
+            scale_bits=16 if grid.row_scale is None else 8,
         )
         # Packed across rows: padding every row's few zeros to whole bytes would cost more than the zeros.
         zero = None if symmetric else pack(grid.zero.to(torch.uint8).flatten(), bits)
-        return cls(spec, pack(codes, bits), grid.scale.to(torch.float16).view(torch.int16), zero)
+        if grid.row_scale is None:
+            return cls(spec, pack(codes, bits), grid.scale.to(torch.float16).view(torch.int16), zero)
+        return cls(spec, pack(codes, bits), grid.scale_codes, zero, grid.row_scale.view(torch.int16))
 
     @classmethod
     def empty(cls, spec: PackedSpec, dtype: torch.dtype, device: torch.device) -> Packed:
         rows, columns = spec.shape
         zeros = packed_columns(rows * spec.groups, spec.bits)
+        eight = spec.scale_bits == 8
         return cls(
             spec,
             torch.empty(rows, packed_columns(columns, spec.bits), dtype=torch.uint8, device=device),
-            torch.empty(rows, spec.groups, dtype=torch.int16, device=device),
+            torch.empty(rows, spec.groups, dtype=torch.uint8 if eight else torch.int16, device=device),
             None if spec.symmetric else torch.empty(zeros, dtype=torch.uint8, device=device),
+            torch.empty(rows, dtype=torch.int16, device=device) if eight else None,
         )
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -94,7 +116,16 @@ class Packed(Projection):
             group=spec.group,
             columns=spec.shape[1],
             dtype=dtype or torch.float32,
+            row_scale=self.row_scale,
         )
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return packed_linear(x, self.codes, self.scale, self.zero, bits=self.spec.bits, group=self.spec.group)
+        return packed_linear(
+            x,
+            self.codes,
+            self.scale,
+            self.zero,
+            bits=self.spec.bits,
+            group=self.spec.group,
+            row_scale=self.row_scale,
+        )
