@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.errors import RecipeError
-from ffsplit.ops.lowrank import svd_factors, whitened_factors
+from ffsplit.ops.lowrank import scaled_factors, svd_factors, whitened_factors
 
 properties = settings(deadline=None, derandomize=True, max_examples=50)
 shapes = {"out": st.integers(1, 9), "inner": st.integers(1, 9), "seed": st.integers(0, 2**20)}
@@ -59,6 +59,32 @@ def test_whitening_wins_in_the_gram_norm(rank: int, dead: bool, out: int, inner:
     plain, white = svd_factors(weight, rank), whitened_factors(weight, gram, rank)
     slack = 1e-4 * gram_norm(weight, gram)
     assert gram_norm(weight - white[0] @ white[1], gram) <= gram_norm(weight - plain[0] @ plain[1], gram) + slack
+
+
+@properties
+@given(rank=st.integers(0, 9), **shapes)
+def test_scaling_is_undone_after_the_svd(rank: int, out: int, inner: int, seed: int) -> None:
+    """The definition: truncated SVD of ``W S``, times ``S^-1``; and no other matrix of that rank is nearer in ``S``."""
+    weight, _ = problem(out, inner, seed)
+    scale = torch.rand(inner, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    rank = min(rank, out, inner)
+    u, values, v = torch.linalg.svd(weight * scale, full_matrices=False)
+    a, b = scaled_factors(weight, scale, rank)
+    assert torch.allclose(a @ b, (u[:, :rank] * values[:rank]) @ v[:rank] / scale, atol=1e-6)
+    assert torch.allclose(a.T @ a, b @ b.T, atol=1e-8)
+    assert float(((weight - a @ b) * scale).norm()) == pytest.approx(float(values[rank:].norm()), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
+def test_scales_of_zero(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    none, plain = scaled_factors(weight, torch.zeros(shape[1]), 2), svd_factors(weight, 2)
+    assert torch.allclose(none[0] @ none[1], plain[0] @ plain[1])
+    only = torch.zeros(shape[1], dtype=torch.float64)
+    only[1] = 5.0
+    a, b = scaled_factors(weight, only, 1)
+    assert torch.allclose((a @ b)[:, 1], weight[:, 1], atol=1e-6)
+    assert bool(torch.isfinite(a).all() & torch.isfinite(b).all())
 
 
 @properties

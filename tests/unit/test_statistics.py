@@ -70,9 +70,11 @@ def test_equal_to_a_direct_computation_in_float64(gated: bool) -> None:
         sequences=torch.tensor(3.0, dtype=torch.float64),
         input_gram=x.T @ x,
         input_sum=x.sum(0),
+        input_abs_sum=x.abs().sum(0),
         hidden_gram=h.T @ h,
         hidden_square_sum=h.square().sum(0),
         hidden_sum=h.sum(0),
+        hidden_abs_sum=h.abs().sum(0),
         hidden_max=h.abs().max(0).values,
         hidden_active=(contribution > contribution.mean(1, keepdim=True)).sum(0).double(),
         sequence_mean_square=sum(wide.hidden(c.double()).abs().mean(0) ** 2 for c in inputs),  # type: ignore[arg-type]

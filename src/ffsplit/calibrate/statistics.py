@@ -28,9 +28,11 @@ class FFNStatistics:
         sequences: number of sequences, float64 scalar.
         input_gram: sum of ``x^T x``.
         input_sum: sum of ``x``.
+        input_abs_sum: sum of ``|x|``.
         hidden_gram: sum of ``h^T h``; 0 x 0 when only moments were collected (it is most of the work).
         hidden_square_sum: sum of ``h^2``.
         hidden_sum: sum of ``h``.
+        hidden_abs_sum: sum of ``|h|``.
         hidden_max: largest ``|h|`` seen.
         hidden_active: tokens on which the neuron's output norm ``|h_j| ||down_j||`` is above the token's mean over
             neurons: near ``tokens`` for a heavy hitter, near 0 for a neuron that few tokens trigger.
@@ -41,9 +43,11 @@ class FFNStatistics:
     sequences: Float[Tensor, ""]
     input_gram: Float[Tensor, "d_model d_model"]
     input_sum: Float[Tensor, " d_model"]
+    input_abs_sum: Float[Tensor, " d_model"]
     hidden_gram: Float[Tensor, "gram gram"]
     hidden_square_sum: Float[Tensor, " d_ff"]
     hidden_sum: Float[Tensor, " d_ff"]
+    hidden_abs_sum: Float[Tensor, " d_ff"]
     hidden_max: Float[Tensor, " d_ff"]
     hidden_active: Float[Tensor, " d_ff"]
     sequence_mean_square: Float[Tensor, " d_ff"]
@@ -60,9 +64,11 @@ class FFNStatistics:
             sequences=zeros(),
             input_gram=zeros(d_model, d_model),
             input_sum=zeros(d_model),
+            input_abs_sum=zeros(d_model),
             hidden_gram=zeros(d_ff, d_ff) if hidden_gram else zeros(0, 0),
             hidden_square_sum=zeros(d_ff),
             hidden_sum=zeros(d_ff),
+            hidden_abs_sum=zeros(d_ff),
             hidden_max=zeros(d_ff),
             hidden_active=zeros(d_ff),
             sequence_mean_square=zeros(d_ff),
@@ -80,13 +86,16 @@ class FFNStatistics:
         self.sequences += 1
         add_gram(self.input_gram, x)
         self.input_sum += x.double().sum(0)
+        self.input_abs_sum += x.double().abs().sum(0)
         if self.hidden_gram.numel():
             add_gram(self.hidden_gram, wide)
         self.hidden_square_sum += wide.square().sum(0)
         self.hidden_sum += wide.sum(0)
+        absolute = wide.abs()
+        self.hidden_abs_sum += absolute.sum(0)
         torch.maximum(self.hidden_max, size.amax(0).double(), out=self.hidden_max)
         self.hidden_active += (contribution > contribution.mean(dim=1, keepdim=True)).sum(0)
-        self.sequence_mean_square += wide.abs().mean(0).square()
+        self.sequence_mean_square += absolute.mean(0).square()
 
     def merge(self, other: FFNStatistics) -> None:
         """Add the statistics of other tokens (another process, another run)."""

@@ -29,11 +29,23 @@ Compress = Callable[[Float[Tensor, "d_model part"], Float[Tensor, "part part"]],
 
 @dataclass(frozen=True)
 class Part:
-    """A branch to be: its neurons, its structure, and the algorithm for its projections (dense ones need none)."""
+    """A branch to be (dense projections need no algorithm).
+
+    Attributes:
+        neurons: which of the FFN's.
+        spec: its structure.
+        how: the algorithm for its projections.
+        how_down: the algorithm for `down` where it is another one; None means ``how``.
+    """
 
     neurons: Int[Tensor, " neurons"]
     spec: BranchSpec
     how: Compressor = SVD
+    how_down: Compressor | None = None
+
+    @property
+    def for_down(self) -> Compressor:
+        return self.how if self.how_down is None else self.how_down
 
 
 @dataclass(frozen=True)
@@ -76,20 +88,24 @@ def _draft(data: LayerData, part: Part) -> Branch:
     ffn, spec, dtype = data.ffn.take(part.neurons), part.spec, data.ffn.up.dtype
     inner_is_dense = isinstance(spec.up, DenseSpec)
     gram = data.moments.input_gram if part.how.needs_gram and not inner_is_dense else None
-    inner = [ffn.up] if ffn.gate is None else [ffn.up, ffn.gate]
-    up, *gate = part.how.together(inner, spec.up, gram, dtype)
-    down = Dense(ffn.down)
-    return Branch(ffn.act, up, down, gate[0] if gate else None, ffn.up_bias, ffn.gate_bias)
+    inner: list[Projection]
+    if ffn.gate is None or spec.gate is None:
+        inner = [part.how(ffn.up, spec.up, gram, dtype)]
+    elif spec.gate == spec.up:
+        inner = part.how.together([ffn.up, ffn.gate], spec.up, gram, dtype)
+    else:
+        inner = [part.how(ffn.up, spec.up, gram, dtype), part.how(ffn.gate, spec.gate, gram, dtype)]
+    return Branch(ffn.act, inner[0], Dense(ffn.down), inner[1] if inner[1:] else None, ffn.up_bias, ffn.gate_bias)
 
 
 def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
     downs = []
     for part in parts:
         gram = None
-        if not isinstance(part.spec.down, DenseSpec) and part.how.needs_gram:
+        if not isinstance(part.spec.down, DenseSpec) and part.for_down.needs_gram:
             gram = data.statistics.hidden_gram[part.neurons][:, part.neurons]
         weight = data.ffn.down[:, part.neurons]
-        downs.append(part.how(weight, part.spec.down, gram, data.ffn.up.dtype))
+        downs.append(part.for_down(weight, part.spec.down, gram, data.ffn.up.dtype))
     return downs
 
 
@@ -114,7 +130,7 @@ def _refit_downs(
     if spec.bias:
         add(ffn.down.new_zeros(ffn.d_model, 1), DenseSpec(shape=(ffn.d_model, 1)), SVD)
     for part in parts:
-        add(ffn.down[:, part.neurons], part.spec.down, part.how)
+        add(ffn.down[:, part.neurons], part.spec.down, part.for_down)
     if spec.linear is not None:
         add(ffn.down.new_zeros(ffn.d_model, ffn.d_model), spec.linear, how_linear)
 

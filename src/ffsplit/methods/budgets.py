@@ -23,13 +23,18 @@ def dense_branch_spec(shape: FFNShape, neurons: int) -> BranchSpec:
     )
 
 
-def low_rank_branch_spec(shape: FFNShape, neurons: int, rank: int) -> BranchSpec:
-    """A branch of ``neurons`` neurons whose matrices all have the same rank."""
-    inner = LowRankSpec(shape=(neurons, shape.d_model), rank=rank)
+def low_rank_branch_spec(
+    shape: FFNShape, neurons: int, rank: int, *, gate_rank: int | None = None, down_rank: int | None = None
+) -> BranchSpec:
+    """A branch of ``neurons`` neurons whose matrices have this rank; gate and `down` may have another one."""
+
+    def inner(own: int | None) -> LowRankSpec:
+        return LowRankSpec(shape=(neurons, shape.d_model), rank=rank if own is None else own)
+
     return BranchSpec(
-        up=inner,
-        gate=inner if shape.gated else None,
-        down=LowRankSpec(shape=(shape.d_model, neurons), rank=rank),
+        up=inner(None),
+        gate=inner(gate_rank) if shape.gated else None,
+        down=LowRankSpec(shape=(shape.d_model, neurons), rank=rank if down_rank is None else down_rank),
         up_bias=shape.up_bias,
         gate_bias=shape.gate_bias,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, Packed, PackedSpec, Projection, StorageSpec
 from ffsplit.ops.gptq import gptq
 from ffsplit.ops.linalg import ridged
-from ffsplit.ops.lowrank import svd_factors, whitened_factors
+from ffsplit.ops.lowrank import scaled_factors, svd_factors, whitened_factors
 from ffsplit.ops.refine import refine
 from ffsplit.ops.rounding import Grid, encode, fit_grid
 
@@ -85,6 +85,28 @@ class TruncatedSVD(Compressor):
                 a, b = svd_factors(weight, spec.rank)
             fitted.append(LowRank(a.to(dtype), b.to(dtype)))
         return fitted
+
+
+@dataclass(frozen=True)
+class ScaledSVD(Compressor):
+    """Low rank with one weight an input, known beforehand.
+
+    Attributes:
+        scale: of each input.
+    """
+
+    scale: Float[Tensor, " in"]
+
+    @property
+    def needs_gram(self) -> bool:
+        return False
+
+    def fit(
+        self, weights: Sequence[Tensor], spec: StorageSpec, gram: GramOfInputs, dtype: torch.dtype
+    ) -> list[Projection]:
+        assert isinstance(spec, LowRankSpec)
+        factors = (scaled_factors(weight, self.scale, spec.rank) for weight in weights)
+        return [LowRank(a.to(dtype), b.to(dtype)) for a, b in factors]
 
 
 @dataclass(frozen=True)

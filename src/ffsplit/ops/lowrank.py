@@ -64,6 +64,33 @@ def whitened_factors(
     return balanced_projection(vectors, dense)
 
 
+def scaled_factors(
+    weight: Float[Tensor, "out in"], scale: Float[Tensor, " in"], rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """``(a, b)`` minimising ``||(weight - a b) diag(scale)||_F``: an input weighs as much as its scale says.
+
+    The truncated SVD of ``weight diag(scale)`` times ``diag(scale)^-1``, in the form that divides by nothing: the
+    kept left vectors project ``weight`` itself. An input of scale zero is treated as the plain SVD would.
+
+    Args:
+        weight: the linear map.
+        scale: one number an input, >= 0; ASVD takes ``mean(|x_i|) ** alpha``. All zero gives `svd_factors`.
+        rank: inner width.
+
+    Returns:
+        Balanced factors, float64: ``a^T a = b b^T``.
+
+    Raises:
+        RecipeError: ``rank`` is negative or above ``min(out, in)``.
+
+    Reference: ASVD, arXiv 2312.05821, with its diagonal scaling matrix.
+    """
+    dense, wide = weight.double(), scale.double()
+    largest = wide.max() if wide.numel() else wide.sum()
+    used = torch.where(largest > 0, wide.clamp_min(TIE_BREAK * largest), torch.ones_like(wide))
+    return balanced_projection(leading_left_vectors(dense * used, _checked_rank(rank, dense)), dense)
+
+
 def leading_left_vectors(matrix: Float[Tensor, "out inner"], rank: int) -> Float[Tensor, "out rank"]:
     """Orthonormal leading left singular vectors of ``matrix``, by the eigenvectors of its smaller Gram."""
     if matrix.shape[0] <= matrix.shape[1]:

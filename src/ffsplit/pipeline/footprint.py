@@ -77,7 +77,7 @@ def footprint(model: nn.Module, found: FFNs, *, itemsize: int, samples: int, seq
 
 def statistics_bytes(shape: FFNShape) -> int:
     """Bytes of one layer's :class:`~ffsplit.calibrate.statistics.FFNStatistics`."""
-    return WIDE * (shape.d_model**2 + shape.d_model + shape.d_ff**2 + 5 * shape.d_ff + 2)
+    return WIDE * (shape.d_model**2 + 2 * shape.d_model + shape.d_ff**2 + 6 * shape.d_ff + 2)
 
 
 def cached_width(found: FFNs) -> int:
