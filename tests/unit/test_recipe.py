@@ -85,7 +85,7 @@ def test_a_dictionary_is_not_changed() -> None:
     [
         ("prun", {}, r"unknown recipe 'prun'; did you mean 'prune'\?"),
         ("ffsplit-paper-lowrnk", {}, "did you mean 'ffsplit-paper-lowrank'"),
-        ("qqqqq", {}, r"unknown recipe .qqqqq.\. Known: ffsplit, prune"),
+        ("qqqqq", {}, r"unknown recipe .qqqqq.\. Known: .*\bffsplit, .*\bprune, "),
         ("nowhere.yaml", {}, "recipe file nowhere.yaml does not exist"),
         ({"method": "quantise"}, {}, "unknown method 'quantise'; did you mean 'quantize'"),
         ({"method": {"method": "prune", "kep": 0.5}}, {"keep": 0.5}, "unknown key 'kep'; did you mean 'keep'"),
@@ -282,5 +282,5 @@ def test_a_registered_method_is_found(stub: str) -> None:
 
 
 def test_a_method_that_was_taken_out_is_unknown() -> None:
-    with pytest.raises(RecipeError, match=r"unknown method 'stub'.* Known: ffsplit"):
+    with pytest.raises(RecipeError, match=r"unknown method 'stub'.* Known: .*\bffsplit, "):
         get_method("stub")
