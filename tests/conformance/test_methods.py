@@ -180,7 +180,12 @@ def test_compile_autocast_and_gradients(name: str, case: dict[str, Any]) -> None
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(module(x).float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+        found = module(x).float()
+    if any(branch.selector for branch in module.branches):
+        # A choice near its threshold falls the other way: single outputs jump, the whole hardly moves.
+        assert float((found - expected).norm() / expected.norm()) < 0.1
+    else:
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
     x.requires_grad_(True)
     trainable = [p for n, p in module.named_parameters() if "act." not in n]
     for parameter in trainable:
@@ -227,7 +232,7 @@ def test_decompress_gives_a_stock_model_with_the_same_outputs(
 def test_a_better_budget_is_not_worse(name: str, case: dict[str, Any]) -> None:
     """More resources, less error on the calibration inputs."""
     richer = dict(case)
-    for field, factor in (("keep", 1.4), ("bits", 1.5)):
+    for field, factor in (("keep", 1.4), ("bits", 1.5), ("sparsity", 0.5)):
         if field in richer:
             richer[field] = richer[field] * factor
     errors = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,6 +77,11 @@ class LayerData:
         statistics.check_finite(self.name)
         return statistics
 
+    def chunks(self) -> Iterator[Float[Tensor, "tokens d_model"]]:
+        """The inputs, one sequence at a time, on the compute device and in the dtype of the weights."""
+        for chunk in self.inputs:
+            yield chunk.to(device=self._device, dtype=self.ffn.up.dtype)
+
     def refit_sums(
         self,
         hidden: Callable[[Float[Tensor, "tokens d_model"]], Float[Tensor, "tokens hidden"]],
@@ -91,8 +96,7 @@ class LayerData:
         """
         sums: RefitSums | None = None
         corrections = iter(self.corrections) if self.corrections is not None else None
-        for chunk in self.inputs:
-            x = chunk.to(device=self._device, dtype=self.ffn.up.dtype)
+        for x in self.chunks():
             y = linear(self.ffn.hidden(x), self.ffn.down)
             if corrections is not None:
                 y = y + next(corrections).to(x)

@@ -51,12 +51,16 @@ class FFNWeights:
         """Stored parameters of the dense FFN, biases included."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
+    def activations(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_ff"]:
+        """``act(gate)``, or ``act(up)`` without a gate: what decides whether a neuron matters for a token."""
+        if self.gate is None:
+            return self.act(linear(x, self.up, self.up_bias))  # type: ignore[no-any-return]
+        return self.act(linear(x, self.gate, self.gate_bias))  # type: ignore[no-any-return]
+
     def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_ff"]:
         """The neurons' activations h, the input of ``down``."""
-        up = linear(x, self.up, self.up_bias)
-        if self.gate is None:
-            return self.act(up)  # type: ignore[no-any-return]
-        return self.act(linear(x, self.gate, self.gate_bias)) * up  # type: ignore[no-any-return]
+        a = self.activations(x)
+        return a if self.gate is None else a * linear(x, self.up, self.up_bias)
 
     def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         return linear(self.hidden(x), self.down, self.down_bias)

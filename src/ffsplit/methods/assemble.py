@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ffsplit.calibrate.layer import LayerData, RefitSums
 from ffsplit.ffn.projections import Dense, DenseSpec, Projection, StorageSpec
+from ffsplit.ffn.selectors import Selector
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ffn.weights import FFNWeights
@@ -36,12 +37,14 @@ class Part:
         spec: its structure.
         how: the algorithm for its projections.
         how_down: the algorithm for `down` where it is another one; None means ``how``.
+        selector: of the branch, calibrated beforehand, if its structure has one.
     """
 
     neurons: Int[Tensor, " neurons"]
     spec: BranchSpec
     how: Compressor = SVD
     how_down: Compressor | None = None
+    selector: Selector | None = None
 
     @property
     def for_down(self) -> Compressor:
@@ -95,7 +98,8 @@ def _draft(data: LayerData, part: Part) -> Branch:
         inner = part.how.together([ffn.up, ffn.gate], spec.up, gram, dtype)
     else:
         inner = [part.how(ffn.up, spec.up, gram, dtype), part.how(ffn.gate, spec.gate, gram, dtype)]
-    return Branch(ffn.act, inner[0], Dense(ffn.down), inner[1] if inner[1:] else None, ffn.up_bias, ffn.gate_bias)
+    gate = inner[1] if inner[1:] else None
+    return Branch(ffn.act, inner[0], Dense(ffn.down), gate, ffn.up_bias, ffn.gate_bias, part.selector)
 
 
 def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
@@ -148,7 +152,7 @@ def _joint_sums(
     data: LayerData, parts: Sequence[Part], drafts: Sequence[Branch], *, bias: bool, linear: bool
 ) -> RefitSums:
     """Sums over [1 | hidden of every part | x], whichever of them exist."""
-    exact = all(isinstance(part.spec.up, DenseSpec) for part in parts)
+    exact = all(isinstance(part.spec.up, DenseSpec) and part.selector is None for part in parts)
     if exact and not bias and not linear and data.corrections is None:
         return _sums_from_statistics(data.ffn, data.statistics.hidden_gram, torch.cat([p.neurons for p in parts]))
 

@@ -95,6 +95,18 @@ def width_for(shape: FFNShape, parameters: int, align: int = 1) -> int:
     return width
 
 
+def heavy_count(shape: FFNShape, heavy: float) -> int:
+    """A share below 1 of the neurons, or a number of them.
+
+    Raises:
+        BudgetError: more heavy neurons than the FFN has.
+    """
+    count = round(heavy * shape.d_ff) if heavy < 1 else int(heavy)
+    if count > shape.d_ff:
+        raise BudgetError(f"heavy={heavy} is more than the FFN's d_ff={shape.d_ff} neurons")
+    return count
+
+
 def rank_for(shape: FFNShape, heavy: int, parameters: int) -> int:
     """The largest common rank of the rest's matrices when ``heavy`` neurons stay dense.
 

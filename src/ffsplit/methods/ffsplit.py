@@ -17,6 +17,7 @@ from ffsplit.methods.budgets import (
     FLOAT_BITS,
     average_bits,
     dense_branch_spec,
+    heavy_count,
     keep_budget,
     low_rank_branch_spec,
     packed_branch_spec,
@@ -125,18 +126,6 @@ def structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
     heavy = heavy_count(shape, share)
     rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank_for(shape, heavy, budget))
     return sum_spec(shape, [dense_branch_spec(shape, heavy), rest], bias=shape.down_bias)
-
-
-def heavy_count(shape: FFNShape, heavy: float) -> int:
-    """A share below 1 of the neurons, or a number of them.
-
-    Raises:
-        BudgetError: more heavy neurons than the FFN has.
-    """
-    count = round(heavy * shape.d_ff) if heavy < 1 else int(heavy)
-    if count > shape.d_ff:
-        raise BudgetError(f"heavy={heavy} is more than the FFN's d_ff={shape.d_ff} neurons")
-    return count
 
 
 def _linear_structure(shape: FFNShape, config: FFSplitConfig, budget: int) -> SumSpec:

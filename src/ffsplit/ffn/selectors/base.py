@@ -32,8 +32,8 @@ class SelectorSpecBase(Spec, ABC):
     def macs(self, up: int, gate: int, down: int) -> float:
         """Multiply-accumulates that an average token really needs, given those of the whole projections.
 
-        The share comes from calibration and is stored in the structure; the plain forward computes everything and
-        masks, only a kernel for single tokens leaves the work out.
+        The share is the one that was asked for, to which the numbers are calibrated. The plain forward computes
+        everything and masks; only a kernel for single tokens would leave the work out.
         """
 
     @abstractmethod
@@ -42,7 +42,10 @@ class SelectorSpecBase(Spec, ABC):
 
 
 class Selector(nn.Module, ABC):
-    """Leaves out parts of a branch, token by token. Every hook is the identity unless a subclass says otherwise."""
+    """Leaves out parts of a branch, token by token. Every hook is the identity unless a subclass says otherwise.
+
+    What a selector stores are buffers: a choice between working and not working has no gradient to train it by.
+    """
 
     spec: Any
     """The structure; which :class:`SelectorSpecBase` it is, the subclass says."""

@@ -7,26 +7,29 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffsplit.ffn.selectors.base import Selector, SelectorSpecBase
 
 
 class ThresholdSpec(SelectorSpecBase):
-    """One threshold a neuron on ``|act(gate)|`` (on ``|act(up)|`` without a gate).
+    """Thresholds on ``|act(gate)|`` (on ``|act(up)|`` without a gate): one for all neurons, or one each.
 
     Attributes:
         neurons: of the branch.
-        sparsity: share of activations below their threshold on the calibration text.
+        shared: one threshold serves all neurons.
+        sparsity: share of the activations, over neurons and tokens, that are at most as large as their threshold on
+            the calibration text.
     """
 
     kind: Literal["threshold"] = "threshold"
     neurons: int = Field(ge=1)
+    shared: bool = False
     sparsity: float = Field(ge=0, le=1)
 
     @property
     def parameters(self) -> int:
-        return self.neurons
+        return 1 if self.shared else self.neurons
 
     def check(self, neurons: int, d_model: int) -> None:
         if neurons != self.neurons:
@@ -44,14 +47,16 @@ class ThresholdSpec(SelectorSpecBase):
 class Threshold(Selector):
     """Activations at most as large as their neuron's threshold become zero."""
 
-    def __init__(self, threshold: Float[Tensor, " neurons"], sparsity: float) -> None:
+    threshold: Tensor
+
+    def __init__(self, spec: ThresholdSpec, threshold: Float[Tensor, " thresholds"]) -> None:
         super().__init__()
-        self.threshold = nn.Parameter(threshold.contiguous(), requires_grad=False)
-        self.spec = ThresholdSpec(neurons=threshold.shape[0], sparsity=sparsity)
+        self.spec: ThresholdSpec = spec
+        self.register_buffer("threshold", threshold.contiguous())
 
     @classmethod
     def empty(cls, spec: ThresholdSpec, dtype: torch.dtype, device: torch.device) -> Threshold:
-        return cls(torch.empty(spec.neurons, dtype=dtype, device=device), spec.sparsity)
+        return cls(spec, torch.empty(spec.parameters, dtype=dtype, device=device))
 
     def activations(
         self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"]
