@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.errors import RecipeError
-from ffsplit.ops.least_squares import affine_fit, reduced_rank_regression, refit_down, refit_from_gram, residual_energy
+from ffsplit.ops.least_squares import (
+    affine_fit,
+    affine_reduced_rank_fit,
+    reduced_rank_regression,
+    refit_down,
+    refit_from_gram,
+    residual_energy,
+)
 
 properties = settings(deadline=None, derandomize=True, max_examples=50)
 seeds = st.integers(0, 2**20)
@@ -117,3 +124,36 @@ def test_impossible_requests_are_refused() -> None:
         reduced_rank_regression(torch.eye(4), torch.ones(4, 2), 3, 0.0)
     with pytest.raises(RecipeError, match="count=0"):
         affine_fit(torch.eye(2), torch.ones(2, 2), torch.ones(2), torch.ones(2), 0, 0.0)
+
+
+@properties
+@given(rank=st.integers(0, 3), seed=seeds)
+def test_an_affine_low_rank_fit_is_the_best_there_is(rank: int, seed: int) -> None:
+    """Eckart-Young on the fitted values of the centred problem, by plain SVD."""
+    x, y = data(40, 5, 3, seed)
+    x, y = x + 2.0, y + x[:, :3] - 1.0
+    a, b, bias = affine_reduced_rank_fit(x.T @ x, x.T @ y, x.sum(0), y.sum(0), 40, rank, 0.0)
+    fitted = (x - x.mean(0)) @ torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution
+    u, s, v = torch.linalg.svd(fitted, full_matrices=False)
+    expected = y.mean(0) + (u[:, :rank] * s[:rank]) @ v[:rank]
+    assert torch.allclose(x @ (a @ b).T + bias, expected, atol=1e-6)
+
+
+@properties
+@given(ridge=st.floats(0.0, 1.0), seed=seeds)
+def test_at_full_rank_it_is_the_affine_fit(ridge: float, seed: int) -> None:
+    x, y = data(30, 4, 4, seed)
+    sums = (x.T @ x, x.T @ y, x.sum(0), y.sum(0), 30)
+    weight, expected = affine_fit(*sums, ridge)
+    a, b, bias = affine_reduced_rank_fit(*sums, 4, ridge)
+    assert torch.allclose(a @ b, weight, atol=1e-8)
+    assert torch.allclose(bias, expected, atol=1e-8)
+
+
+def test_an_affine_low_rank_fit_needs_tokens_and_a_possible_rank() -> None:
+    x, y = data(10, 3, 2, 0)
+    sums = (x.T @ x, x.T @ y, x.sum(0), y.sum(0))
+    with pytest.raises(RecipeError, match="count=0"):
+        affine_reduced_rank_fit(*sums, 0, 1, 0.0)
+    with pytest.raises(RecipeError, match="rank=3"):
+        affine_reduced_rank_fit(*sums, 10, 3, 0.0)

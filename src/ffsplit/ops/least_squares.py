@@ -133,3 +133,35 @@ def reduced_rank_regression(
     whitened = solution @ (basis * values.sqrt())
     vectors = eigh_psd(whitened @ whitened.T)[1].flip(1)[:, :rank]
     return balanced_projection(vectors, solution)
+
+
+def affine_reduced_rank_fit(
+    gram: Float[Tensor, "d_in d_in"],
+    cross: Float[Tensor, "d_in d_out"],
+    x_sum: Float[Tensor, " d_in"],
+    y_sum: Float[Tensor, " d_out"],
+    count: int,
+    rank: int,
+    ridge: float,
+) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"], Float[Tensor, " d_out"]]:
+    """The best map of rank ``rank`` with a bias: ``(a, b, bias)`` for ``y ~ a @ (b @ x) + bias``, float64.
+
+    `reduced_rank_regression` of the deviations from the mean; the bias then makes up for the means exactly.
+
+    Args:
+        gram: ``sum x^T x``, not centred.
+        cross: ``sum x^T y``, not centred.
+        x_sum: ``sum x``.
+        y_sum: ``sum y``.
+        count: number of tokens in the sums, >= 1.
+        rank: inner width.
+        ridge: relative to the mean diagonal of the centred Gram.
+
+    Raises:
+        RecipeError: no token, or ``rank`` is negative or above ``min(d_in, d_out)``.
+    """
+    if count < 1:
+        raise RecipeError(f"count={count}: an affine fit needs the sums of at least one token")
+    x_total, y_total = x_sum.double(), y_sum.double()
+    a, b = reduced_rank_regression(*centred(gram, cross, x_total, y_total, count), rank, ridge)
+    return a, b, (y_total - a @ (b @ x_total)) / count

@@ -230,7 +230,7 @@ def _with_budget(method: dict[str, Any], asked: dict[str, float | None]) -> dict
         if name not in chosen.budget:
             raise RecipeError(f"method {chosen.name} takes no {name}; its budget is {' or '.join(chosen.budget)}")
         method = {key: old for key, old in method.items() if key not in BUDGET_FIELDS} | {name: value}
-    if chosen.budget and not BUDGET_FIELDS & method.keys():
+    if chosen.budget and not chosen.config.budget_is_optional and not BUDGET_FIELDS & method.keys():
         if "bits" not in chosen.budget:
             needed = " or ".join(f"{name} ({BUDGETS[name]})" for name in chosen.budget)
             raise RecipeError(f"method {chosen.name} needs a budget: {needed}")
