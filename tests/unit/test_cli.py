@@ -15,8 +15,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ffsplit.budget.registry import entries
 from ffsplit.cli.demo import find_model
-from ffsplit.methods.registry import methods
 from tests.unit.cli_fixtures import SMALL, Call
 
 
@@ -35,8 +35,8 @@ def test_no_command_shows_the_help(cli: Call) -> None:
 
 def test_methods_lists_the_registry(cli: Call) -> None:
     printed, document = cli("methods").out, cli("methods", "--json").document
-    assert [row["name"] for row in document["methods"]] == list(methods())
-    assert all(name in printed for name in methods())
+    assert [row["name"] for row in document["methods"]] == list(entries())
+    assert all(name in printed for name in entries())
     assert {"paper", "status", "budget", "needs_data", "settings"} <= document["methods"][0].keys()
     assert "ffsplit-paper-quant" in document["presets"]
 

@@ -60,7 +60,14 @@ class Segment:
 
 
 def fit_parts(
-    data: LayerData, parts: Sequence[Part], spec: SumSpec, *, refit: bool, ridge: float, linear: Compressor = WHITENED
+    data: LayerData,
+    parts: Sequence[Part],
+    spec: SumSpec,
+    *,
+    refit: bool,
+    ridge: float,
+    linear: Compressor = WHITENED,
+    shift: Float[Tensor, " d_model"] | None = None,
 ) -> SumFFN:
     """A sum of branches fitted to one FFN.
 
@@ -72,6 +79,7 @@ def fit_parts(
             really produce; otherwise every projection approximates its own dense matrix.
         ridge: pull of the refit towards the old weights, relative to the mean diagonal of the Gram.
         linear: the algorithm for a linear map beside the branches, if the structure has one.
+        shift: without ``refit``, what is added to the output bias.
 
     Returns:
         a sum whose structure is ``spec``.
@@ -80,7 +88,7 @@ def fit_parts(
     if refit:
         downs, mapped, bias = _refit_downs(data, parts, drafts, spec, ridge, linear)
     else:
-        downs, mapped, bias = _plain_downs(data, parts), None, data.ffn.down_bias
+        downs, mapped, bias = _plain_downs(data, parts), None, _shifted(data.ffn, shift)
     for draft, down in zip(drafts, downs, strict=True):
         draft.down = down
     return SumFFN(data.ffn.d_model, drafts, mapped, bias)
@@ -143,9 +151,16 @@ def _refit_downs(
     bias = None
     if spec.bias:
         shift = fitted.pop(0).dense()[:, 0]
-        bias = (shift if ffn.down_bias is None else ffn.down_bias + shift).to(dtype)
+        bias = _shifted(ffn, shift)
     linear = fitted.pop() if spec.linear is not None else None
     return fitted, linear, bias
+
+
+def _shifted(ffn: FFNWeights, shift: Float[Tensor, " d_model"] | None) -> Float[Tensor, " d_model"] | None:
+    """The output bias with something added to it; None if there is neither."""
+    if shift is None:
+        return ffn.down_bias
+    return (shift if ffn.down_bias is None else ffn.down_bias + shift).to(ffn.up.dtype)
 
 
 def _joint_sums(

@@ -78,13 +78,19 @@ def keep_budget(shape: FFNShape, keep: float) -> int:
     return int(keep * shape.parameters)
 
 
-def width_for(shape: FFNShape, parameters: int, align: int = 1) -> int:
+def width_for(shape: FFNShape, parameters: int, align: int = 1, *, bias: bool = False) -> int:
     """The most neurons that fit into ``parameters``, a multiple of ``align`` (all of them if all fit).
+
+    Args:
+        shape: of the dense FFN.
+        parameters: how many may be stored.
+        align: what the width is a multiple of.
+        bias: room for an output bias is needed even if the dense FFN has none.
 
     Raises:
         BudgetError: not even ``align`` neurons fit.
     """
-    fixed = shape.d_model * shape.down_bias
+    fixed = shape.d_model * (shape.down_bias or bias)
     fits = min((parameters - fixed) // shape.neuron_parameters, shape.d_ff)
     width = fits if fits == shape.d_ff else fits // align * align
     if width < 1:
@@ -105,6 +111,11 @@ def heavy_count(shape: FFNShape, heavy: float) -> int:
     if count > shape.d_ff:
         raise BudgetError(f"heavy={heavy} is more than the FFN's d_ff={shape.d_ff} neurons")
     return count
+
+
+def align_up(width: int, align: int, d_ff: int) -> int:
+    """The next multiple of ``align``, or all ``d_ff`` neurons."""
+    return min(-(-width // align) * align, d_ff)
 
 
 def rank_for(shape: FFNShape, heavy: int, parameters: int) -> int:

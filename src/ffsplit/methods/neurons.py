@@ -26,6 +26,8 @@ ScoreName = Literal[
 ]
 SCORES: tuple[str, ...] = get_args(ScoreName)
 DATA_FREE_SCORES = frozenset({"magnitude", "random"})
+ORDERINGS = frozenset({"pivoted_qr", "greedy_obs", "forward"})
+"""Names that choose a set jointly: they give an order, not a number a neuron."""
 
 
 def neuron_scores(data: LayerData, name: ScoreName, *, ridge: float = 1e-3) -> Tensor:

@@ -60,9 +60,14 @@ class KeepConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _keep_in_range(self) -> KeepConfig:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1 (share of FFN parameters that stay), not {self.keep}")
+        check_keep(self.keep)
         return self
+
+
+def check_keep(keep: float) -> None:
+    """Raise ValueError when a share of parameters is out of range."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be above 0 and at most 1 (share of FFN parameters that stay), not {keep}")
 
 
 class SparsityConfig(MethodConfig):
