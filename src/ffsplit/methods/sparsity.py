@@ -106,6 +106,31 @@ def mean_square_up(data: LayerData, ffn: FFNWeights) -> Float[Tensor, " neurons"
     return total / data.inputs.tokens
 
 
+def left_over(count: int, sparsity: float, what: str) -> int:
+    """How many of ``count`` work when at least the share ``sparsity`` does not.
+
+    Raises:
+        BudgetError: none would work.
+    """
+    working = int((1 - sparsity) * count * (1 + ROUNDING))
+    if working < 1:
+        raise BudgetError(
+            f"sparsity={sparsity} leaves none of {count} {what}; the largest reachable is {1 - 1 / count:.4f}"
+        )
+    return working
+
+
+def late_tokens(data: LayerData, count: int) -> Float[Tensor, "sample d_model"]:
+    """At most ``count`` calibration inputs, evenly spread over the last quarter of every sequence."""
+    every = max(-(-(data.inputs.tokens // 4 + len(data.inputs)) // count), 1)
+    rows, seen = [], 0
+    for x in data.chunks():
+        late = x[3 * len(x) // 4 :]
+        rows.append(late[-seen % every :: every])
+        seen += len(late)
+    return torch.cat(rows)
+
+
 def quantile(data: LayerData, values: Callable[[Float[Tensor, "tokens d_model"]], Tensor], share: float) -> float:
     """A quantile of values that are computed chunk by chunk from the calibration inputs.
 

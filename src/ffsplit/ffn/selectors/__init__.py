@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 
 from ffsplit.ffn.selectors.base import Selector, SelectorSpecBase
+from ffsplit.ffn.selectors.input_threshold import InputThreshold, InputThresholdSpec
 from ffsplit.ffn.selectors.threshold import Threshold, ThresholdSpec
+from ffsplit.ffn.selectors.top_inputs import TopInputs, TopInputsSpec
 
-SelectorSpec = ThresholdSpec
+SelectorSpec = Annotated[InputThresholdSpec | ThresholdSpec | TopInputsSpec, Field(discriminator="kind")]
 """Any selector, told apart by its ``kind``."""
 
 SELECTORS: dict[type[SelectorSpecBase], type[Selector]] = {
+    InputThresholdSpec: InputThreshold,
     ThresholdSpec: Threshold,
+    TopInputsSpec: TopInputs,
 }
 
 
@@ -20,4 +27,16 @@ def empty_selector(spec: SelectorSpecBase, dtype: torch.dtype, device: torch.dev
     return SELECTORS[type(spec)].empty(spec, dtype, device)
 
 
-__all__ = ["SELECTORS", "Selector", "SelectorSpec", "SelectorSpecBase", "Threshold", "ThresholdSpec", "empty_selector"]
+__all__ = [
+    "SELECTORS",
+    "InputThreshold",
+    "InputThresholdSpec",
+    "Selector",
+    "SelectorSpec",
+    "SelectorSpecBase",
+    "Threshold",
+    "ThresholdSpec",
+    "TopInputs",
+    "TopInputsSpec",
+    "empty_selector",
+]

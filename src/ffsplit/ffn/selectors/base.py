@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ffsplit.ffn.projections.base import Spec
@@ -68,3 +68,9 @@ class Selector(nn.Module, ABC):
     def hidden(self, h: Float[Tensor, "*tokens neurons"]) -> Float[Tensor, "*tokens neurons"]:
         """What ``down`` is given."""
         return h
+
+
+def largest(scores: Float[Tensor, "*tokens n"], count: int) -> Bool[Tensor, "*tokens n"]:
+    """Which ``count`` entries of every row are the largest; exactly so many, also among equals."""
+    chosen = scores.topk(count, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
