@@ -6,6 +6,7 @@ The working matrix is kept transposed, one input column per contiguous row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -13,11 +14,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ffsplit.ops.linalg import cholesky_or_none, diagonal_scale, ridged
+from ffsplit.ops.linalg import diagonal_scale, ridged, shifted_cholesky
 from ffsplit.ops.rounding import Grid, fit_grid, group_size, nearest_code
 
 Order = Literal["natural", "descending"]
 Fit = partial[Grid]
+Settle = Callable[[int, Float[Tensor, "ahead out"]], Float[Tensor, " out"]]
 
 
 def gptq(
@@ -105,15 +107,50 @@ def inverse_factor(gram: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n 
     Factored from the last column to the first, so that no explicit inverse is formed. A Gram that stays singular is
     shifted until it is positive definite.
     """
-    flipped = ridged(gram, damp).flip(0, 1)
-    lower = cholesky_or_none(flipped)
-    if lower is None:
-        lowest = torch.linalg.eigvalsh(flipped)[0]
-        flipped.diagonal().add_(1e-8 * diagonal_scale(gram) - lowest.clamp_max(0.0))
-        lower = torch.linalg.cholesky(flipped)
+    lower = shifted_cholesky(ridged(gram, damp).flip(0, 1))
     identity = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
     factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return factor
+
+
+def settle_span(
+    rest: Float[Tensor, "in out"],
+    factor: Float[Tensor, "in in"],
+    settle: Settle,
+    start: int,
+    stop: int,
+    block: int,
+) -> None:
+    """Decide the columns from ``start`` to ``stop`` one after another; correct all later rows of ``rest`` in place.
+
+    Args:
+        rest: the weight, one input column per row; a decided row is left as it was when it was decided.
+        factor: see `inverse_factor`.
+        settle: given a column and its row with those that follow in its block, all corrected so far, what the row
+            becomes.
+        start: first column to decide.
+        stop: the one after the last.
+        block: columns between two updates of everything after the block.
+    """
+    for first in range(start, stop, block):
+        here = slice(first, min(first + block, stop))
+        errors = _settle_block(rest[here], factor[here, here], settle, first)
+        rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
+
+
+def _settle_block(
+    values: Float[Tensor, "block out"], factor: Float[Tensor, "block block"], settle: Settle, first: int
+) -> Float[Tensor, "block out"]:
+    """Decide column after column, correcting the later ones of the block at once.
+
+    Returns:
+        The scaled errors that the columns after the block are still to be corrected for.
+    """
+    errors = torch.empty_like(values)
+    for index in range(values.shape[0]):
+        errors[index] = (values[index] - settle(first + index, values[index:])) / factor[index, index]
+        values[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
+    return errors
 
 
 def _round_span(
@@ -127,31 +164,12 @@ def _round_span(
 ) -> UInt8[Tensor, "span out"]:
     """Round the columns from ``start`` on for which there is a scale; correct all later rows of ``rest`` in place."""
     codes = torch.empty(scale.shape, dtype=torch.uint8, device=rest.device)
-    for first in range(0, scale.shape[0], block):
-        part = slice(first, min(first + block, scale.shape[0]))
-        here = slice(start + part.start, start + part.stop)
-        errors = _round_block(rest[here], factor[here, here], scale[part], zero[part], bits, codes[part])
-        rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
+
+    def nearest(column: int, ahead: Float[Tensor, "ahead out"]) -> Float[Tensor, " out"]:
+        at = column - start
+        code = nearest_code(ahead[0], scale[at], zero[at], bits)
+        codes[at] = code
+        return (code - zero[at]) * scale[at]
+
+    settle_span(rest, factor, nearest, start, start + len(scale), block)
     return codes
-
-
-def _round_block(
-    values: Float[Tensor, "block out"],
-    factor: Float[Tensor, "block block"],
-    scale: Float[Tensor, "block out"],
-    zero: Float[Tensor, "block out"],
-    bits: int,
-    codes: UInt8[Tensor, "block out"],
-) -> Float[Tensor, "block out"]:
-    """Round column after column, correcting the later ones of the block at once; fills ``codes``.
-
-    Returns:
-        The scaled rounding errors that the columns after the block are still to be corrected for.
-    """
-    errors = torch.empty_like(values)
-    for index in range(values.shape[0]):
-        code = nearest_code(values[index], scale[index], zero[index], bits)
-        codes[index] = code
-        errors[index] = (values[index] - (code - zero[index]) * scale[index]) / factor[index, index]
-        values[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
-    return errors

@@ -49,6 +49,16 @@ def cholesky_or_none(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | Non
     return factor if bool((info == 0) & (pivots.min() > floor)) else None
 
 
+def shifted_cholesky(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The lower Cholesky factor; of a matrix that is not positive definite, after the shift that makes it so."""
+    factor = cholesky_or_none(matrix)
+    if factor is None:
+        lowest = torch.linalg.eigvalsh(matrix)[0]
+        shift = 1e-8 * diagonal_scale(matrix) - lowest.clamp_max(0.0)
+        factor = torch.linalg.cholesky(matrix + torch.diag(shift.expand(len(matrix))))
+    return factor
+
+
 def solve_psd(gram: Float[Tensor, "n n"], rhs: Float[Tensor, "n m"], ridge: float = 0.0) -> Float[Tensor, "n m"]:
     """``(gram + ridge * mean(diag) * I)^+ rhs``: Cholesky, or the pseudo-inverse where that fails.
 
