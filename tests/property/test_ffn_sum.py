@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
-from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, PackedSpec
+from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, MaskedSpec, NMSpec, PackedSpec, StorageSpec
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
@@ -133,11 +133,14 @@ def test_an_empty_sum_keeps_the_dtype(x: torch.dtype) -> None:
     assert SumFFN(4)(torch.ones(1, 4, dtype=x)).dtype == x
 
 
-def projections(rows: int, columns: int) -> st.SearchStrategy[DenseSpec | LowRankSpec | PackedSpec]:
+def projections(rows: int, columns: int) -> st.SearchStrategy[StorageSpec]:
     shape = (rows, columns)
     return st.one_of(
         st.just(DenseSpec(shape=shape)),
         st.builds(LowRankSpec, shape=st.just(shape), rank=st.integers(0, 5)),
+        # As many values as a mask whose bytes are all 1 needs, as the states of these tests have them.
+        st.just(MaskedSpec(shape=shape, kept=-(-rows * columns // 8))),
+        st.sampled_from([NMSpec(shape=shape, n=2, m=4), NMSpec(shape=shape, n=3, m=8)]),
         st.builds(
             PackedSpec,
             shape=st.just(shape),

@@ -14,9 +14,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from ffsplit.ffn.projections import Packed
+from ffsplit.ffn.projections import NM, Masked, Packed, Projection
 from ffsplit.methods.registry import methods
 from ffsplit.ops.rounding import encode, fit_grid
+from ffsplit.ops.sparsity import n_m_mask, rows_mask
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -85,6 +86,17 @@ def test_packed_projections_can_be_read_without_ffsplit(
     tensors = {f"here.{name}": tensor.numpy() for name, tensor in packed.state_dict().items()}
     read = reader["dense"](tensors, "here", packed.spec.model_dump())
     assert torch.equal(torch.from_numpy(read).float(), packed.dense())
+
+
+@pytest.mark.parametrize("columns", [24, 37])
+def test_sparse_projections_can_be_read_without_ffsplit(reader: dict[str, Any], columns: int) -> None:
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    stored: list[Projection] = [Masked.from_dense(weight, rows_mask(weight.abs(), 60))]
+    stored += [NM.from_dense(weight, n_m_mask(weight.abs(), n, m), n, m) for n, m in ((2, 4), (4, 8), (3, 5), (1, 2))]
+    for projection in stored:
+        tensors = {f"here.{name}": tensor.detach().numpy() for name, tensor in projection.state_dict().items()}
+        read = reader["sparse"](tensors, "here", projection.spec.model_dump())
+        assert torch.equal(torch.from_numpy(read), projection.dense())
 
 
 def test_a_checkpoint_can_be_read_without_ffsplit(reader: dict[str, Any], compressed: Path) -> None:

@@ -10,14 +10,18 @@ from pydantic import Field
 from ffsplit.ffn.projections.base import Projection, StorageSpec
 from ffsplit.ffn.projections.dense import Dense, DenseSpec
 from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
+from ffsplit.ffn.projections.masked import Masked, MaskedSpec
+from ffsplit.ffn.projections.n_m import NM, NMSpec
 from ffsplit.ffn.projections.packed import Packed, PackedSpec
 
-ProjectionSpec = Annotated[DenseSpec | LowRankSpec | PackedSpec, Field(discriminator="kind")]
+ProjectionSpec = Annotated[DenseSpec | LowRankSpec | MaskedSpec | NMSpec | PackedSpec, Field(discriminator="kind")]
 """Any storage, told apart by its ``kind``."""
 
 STORAGES: dict[type[StorageSpec], type[Projection]] = {
     DenseSpec: Dense,
     LowRankSpec: LowRank,
+    MaskedSpec: Masked,
+    NMSpec: NM,
     PackedSpec: Packed,
 }
 
@@ -28,11 +32,15 @@ def empty_projection(spec: StorageSpec, dtype: torch.dtype, device: torch.device
 
 
 __all__ = [
+    "NM",
     "STORAGES",
     "Dense",
     "DenseSpec",
     "LowRank",
     "LowRankSpec",
+    "Masked",
+    "MaskedSpec",
+    "NMSpec",
     "Packed",
     "PackedSpec",
     "Projection",
