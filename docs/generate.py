@@ -218,7 +218,7 @@ def _type(annotation: Any) -> str:
         return " ".join(f"`{value}`" for value in inside)
     if origin in (Union, types.UnionType):
         return " or ".join("`null`" if part is type(None) else _type(part) for part in inside)
-    return {"float": "number", "int": "whole number", "bool": "`true` `false`"}.get(
+    return {"float": "number", "int": "whole number", "bool": "`true` `false`", "str": "text"}.get(
         annotation.__name__, annotation.__name__
     )
 

@@ -123,7 +123,11 @@ shapes = st.builds(
 )
 
 
-@given(shape=shapes, keep=st.floats(0.05, 1.0), method=st.sampled_from(["prune", "svd", "whitened-svd", "ffsplit"]))
+@given(
+    shape=shapes,
+    keep=st.floats(0.05, 1.0),
+    method=st.sampled_from(["prune", "svd", "whitened-svd", "ffsplit", "sparsify"]),
+)
 def test_a_keep_budget_is_never_exceeded(shape: FFNShape, keep: float, method: str) -> None:
     try:
         spec = get_method(method).plan(shape, method_config({"method": method, "keep": keep}))
