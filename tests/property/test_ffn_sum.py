@@ -148,6 +148,7 @@ def projections(rows: int, columns: int) -> st.SearchStrategy[StorageSpec]:
             group=st.integers(1, columns),
             symmetric=FLAGS,
             scale_bits=st.sampled_from([8, 16]),
+            input_scale=FLAGS,
         ),
     )
 

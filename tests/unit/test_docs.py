@@ -82,7 +82,10 @@ def test_packed_projections_can_be_read_without_ffsplit(
 ) -> None:
     weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(bits))
     grid = fit_grid(weight, bits, 16, symmetric=symmetric, scale_bits=scale_bits)
-    packed = Packed.from_codes(encode(weight, grid, bits), grid, bits=bits, group=16, symmetric=symmetric)
+    options = {"bits": bits, "group": 16, "symmetric": symmetric}
+    if bits == 4:
+        options["input_scale"] = torch.rand(columns, generator=torch.Generator().manual_seed(0)).half()
+    packed = Packed.from_codes(encode(weight, grid, bits), grid, **options)
     tensors = {f"here.{name}": tensor.numpy() for name, tensor in packed.state_dict().items()}
     read = reader["dense"](tensors, "here", packed.spec.model_dump())
     assert torch.equal(torch.from_numpy(read).float(), packed.dense())

@@ -97,6 +97,25 @@ def test_a_structure_stored_before_there_were_8_bit_scales() -> None:
     assert torch.equal(fresh.dense(), packed.dense())
 
 
+@pytest.mark.parametrize("scale_bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_input_scales_multiply_the_columns(dtype: torch.dtype, scale_bits: int) -> None:
+    plain, codes, grid = example(4, 6, 21, 8, scale_bits=scale_bits)
+    factors = torch.linspace(0.01, 7, 21).half()
+    packed = Packed.from_codes(codes, grid, bits=4, group=8, input_scale=factors)
+    exact = plain.dense(torch.float64) * factors.double()
+    torch.testing.assert_close(packed.dense(torch.float64), exact, rtol=1e-12, atol=0)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(packed.dense(dtype), (plain.dense(wide) * factors.to(wide)).to(dtype))
+    x = torch.randn(3, 21, dtype=torch.float64)
+    torch.testing.assert_close(packed(x), (x * factors) @ plain.dense(torch.float64).T)
+    packed.to(torch.bfloat16)
+    torch.testing.assert_close(packed.dense(torch.float64), exact, rtol=1e-12, atol=0)
+    assert packed.spec.stored_bits(16) == plain.spec.stored_bits(16) + 16 * 21
+    assert sum(8 * t.nbytes for t in packed.state_dict().values()) == packed.spec.stored_bits(16)
+    assert Packed.empty(packed.spec, dtype, torch.device("cpu")).state_dict().keys() == packed.state_dict().keys()
+
+
 def test_8_bit_scales_halve_what_scales_cost() -> None:
     sixteen, eight = (PackedSpec(shape=(64, 512), bits=3, group=64, scale_bits=bits) for bits in (16, 8))
     assert sixteen.stored_bits(16) - eight.stored_bits(16) == 64 * (8 * 8 - 16)

@@ -21,6 +21,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
     row_scale: Int[Tensor, " out"] | None = None,
+    input_scale: Int[Tensor, " columns"] | None = None,
 ) -> Float[Tensor, "out columns"]:
     """Dense weights ``scale * (code - zero)`` of a packed matrix.
 
@@ -34,12 +35,14 @@ def dequantize(
         columns: input columns.
         dtype: floating-point type of the result.
         row_scale: 256 units of each row's 8-bit scales, float16 as int16 bit patterns.
+        input_scale: a factor of each column, float16 as int16 bit patterns.
     """
     groups = scale_bits.shape[1]
     codes = unpack(packed, bits, columns)
     # bfloat16 cannot hold a float16 scale (nor float16 a multiple of a unit): rounding it first would shift all weights
     # of a group the same way.
-    work = dtype if dtype == torch.float16 and row_scale is None else torch.promote_types(dtype, torch.float32)
+    plain = row_scale is None and input_scale is None
+    work = dtype if dtype == torch.float16 and plain else torch.promote_types(dtype, torch.float32)
     scale = decoded_scale(scale_bits, row_scale).to(work)
     if packed_zero is None:
         zero = torch.full((), 2 ** (bits - 1), dtype=work, device=packed.device).expand_as(scale)
@@ -47,10 +50,12 @@ def dequantize(
         zero = unpack(packed_zero, bits, scale.numel()).view_as(scale).to(work)
     if groups * group == columns:
         grouped = codes.view(-1, groups, group).to(work)
-        return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(-1, columns).to(dtype)
-    scale = scale.repeat_interleave(group, dim=1)[:, :columns]
-    zero = zero.repeat_interleave(group, dim=1)[:, :columns]
-    return ((codes.to(work) - zero) * scale).to(dtype)
+        weight = ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(-1, columns)
+    else:
+        scale = scale.repeat_interleave(group, dim=1)[:, :columns]
+        zero = zero.repeat_interleave(group, dim=1)[:, :columns]
+        weight = (codes.to(work) - zero) * scale
+    return weight.to(dtype) if input_scale is None else (weight * input_scale.view(torch.float16).to(work)).to(dtype)
 
 
 def decoded_scale(
@@ -71,6 +76,7 @@ def packed_linear(
     bits: int,
     group: int,
     row_scale: Int[Tensor, " out"] | None = None,
+    input_scale: Int[Tensor, " columns"] | None = None,
 ) -> Float[Tensor, "*tokens out"]:
     """``x W^T`` for a packed ``W``; gradients flow to ``x``."""
     weight = dequantize(
@@ -82,5 +88,6 @@ def packed_linear(
         columns=x.shape[-1],
         dtype=x.dtype,
         row_scale=row_scale,
+        input_scale=input_scale,
     )
     return linear(x, weight)

@@ -41,22 +41,38 @@ def low_rank_branch_spec(
 
 
 def packed_branch_spec(
-    shape: FFNShape, neurons: int, bits: int, group: int, symmetric: bool = False, scale_bits: ScaleBits = 16
+    shape: FFNShape,
+    neurons: int,
+    bits: int,
+    group: int,
+    symmetric: bool = False,
+    scale_bits: ScaleBits = 16,
+    *,
+    input_scale: bool = False,
 ) -> BranchSpec:
-    """A branch of ``neurons`` neurons in ``bits``-bit codes; 16 bits means dense."""
+    """A branch of ``neurons`` neurons in ``bits``-bit codes; 16 bits means dense.
+
+    With ``input_scale`` the columns of every matrix are scaled. Those of `down` need no stored factors where a factor
+    on a row of `up` does the same.
+    """
     if bits == FLOAT_BITS:
         return dense_branch_spec(shape, neurons)
 
-    def packed(rows: int, columns: int) -> PackedSpec:
+    def packed(rows: int, columns: int, scaled: bool) -> PackedSpec:
         return PackedSpec(
-            shape=(rows, columns), bits=bits, group=min(group, columns), symmetric=symmetric, scale_bits=scale_bits
+            shape=(rows, columns),
+            bits=bits,
+            group=min(group, columns),
+            symmetric=symmetric,
+            scale_bits=scale_bits,
+            input_scale=scaled,
         )
 
-    inner = packed(neurons, shape.d_model)
+    inner = packed(neurons, shape.d_model, input_scale)
     return BranchSpec(
         up=inner,
         gate=inner if shape.gated else None,
-        down=packed(shape.d_model, neurons),
+        down=packed(shape.d_model, neurons, input_scale and not shape.scales_through),
         up_bias=shape.up_bias,
         gate_bias=shape.gate_bias,
     )

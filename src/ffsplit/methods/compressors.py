@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
 from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, Packed, PackedSpec, Projection, StorageSpec
 from ffsplit.ops.gptq import gptq
+from ffsplit.ops.input_scale import scale_inputs, search_input_scale
 from ffsplit.ops.linalg import ridged
 from ffsplit.ops.lowrank import scaled_factors, svd_factors, whitened_factors
-from ffsplit.ops.refine import refine
-from ffsplit.ops.rounding import Grid, encode, fit_grid
+from ffsplit.ops.refine import output_error, refine
+from ffsplit.ops.rounding import Grid, decode, round_to_nearest
 
-RoundHow = Literal["rtn", "gptq"]
+RoundHow = Literal["rtn", "awq", "gptq"]
 # Ridge on the Gram of GPTQ and of the descent after it, so that neither fits the calibration text alone.
 DAMP = 0.01
 GramOfInputs = Float[Tensor, "in in"] | None
@@ -111,10 +112,11 @@ class ScaledSVD(Compressor):
 
 @dataclass(frozen=True)
 class Rounding(Compressor):
-    """Low-bit codes: to nearest without data, GPTQ with it.
+    """Low-bit codes: to nearest without data, to nearest on searched ranges or GPTQ with it.
 
     Attributes:
-        how: the algorithm.
+        how: the algorithm. ``awq`` is to nearest with ranges searched for the least error; the scaled inputs that go
+            with it are the structure's matter, and GPTQ can have them too.
         polish: rounds of coordinate descent over scales and codes after GPTQ.
     """
 
@@ -123,14 +125,18 @@ class Rounding(Compressor):
 
     @property
     def needs_gram(self) -> bool:
-        return self.how == "gptq"
+        return self.how != "rtn"
 
     def fit(
         self, weights: Sequence[Tensor], spec: StorageSpec, gram: GramOfInputs, dtype: torch.dtype
     ) -> list[Projection]:
         """Rows are rounded independently of each other, so the matrices are solved as one: half the steps."""
         assert isinstance(spec, PackedSpec)
-        codes, grid = self._rounded(torch.cat(list(weights)).float(), spec, gram)
+        weight = torch.cat(list(weights)).float()
+        if spec.input_scale:
+            codes, grid, multiplier = self._scaled(weight, spec, gram)
+        else:
+            (codes, grid), multiplier = self._rounded(weight, spec, gram), None
         rows = spec.shape[0]
         return [
             Packed.from_codes(
@@ -139,9 +145,30 @@ class Rounding(Compressor):
                 bits=spec.bits,
                 group=spec.group,
                 symmetric=spec.symmetric,
+                input_scale=multiplier,
             )
             for start in range(0, len(codes), rows)
         ]
+
+    def _scaled(
+        self, weight: Float[Tensor, "out in"], spec: PackedSpec, gram: GramOfInputs
+    ) -> tuple[UInt8[Tensor, "out in"], Grid, Float16[Tensor, " in"]]:
+        """Inputs scaled as suits rounding to nearest, or not at all if GPTQ does better so."""
+        plain = torch.ones(weight.shape[1], dtype=torch.float16, device=weight.device)
+        if gram is None:
+            return *self._rounded(weight, spec, gram), plain
+        searched = search_input_scale(
+            weight, gram, spec.bits, spec.group, symmetric=spec.symmetric, scale_bits=spec.scale_bits
+        )
+        best, least = None, float("inf")
+        for multiplier in (searched, plain) if self.how == "gptq" else (searched,):
+            scaled, scaled_gram = scale_inputs(weight, gram, multiplier)
+            codes, grid = self._rounded(scaled, spec, scaled_gram)
+            error = float(output_error(scaled, decode(codes, grid, torch.float32), scaled_gram))
+            if best is None or error < least:
+                best, least = (codes, grid, multiplier), error
+        assert best is not None
+        return best
 
     def _rounded(
         self, weight: Float[Tensor, "out in"], spec: PackedSpec, gram: GramOfInputs
@@ -152,8 +179,16 @@ class Rounding(Compressor):
                 weight, gram, spec.bits, spec.group, damp=DAMP, symmetric=symmetric, scale_bits=scale_bits
             )
             return refine(weight, codes, grid, ridged(gram, DAMP), spec.bits, self.polish)
-        grid = fit_grid(weight, spec.bits, spec.group, symmetric=symmetric, scale_bits=scale_bits)
-        return encode(weight, grid, spec.bits), grid
+        importance = None if gram is None or self.how != "awq" else gram.diagonal().clamp_min(0.0) + 1e-12
+        return round_to_nearest(
+            weight,
+            spec.bits,
+            spec.group,
+            symmetric=symmetric,
+            search=importance is not None,
+            importance=importance,
+            scale_bits=scale_bits,
+        )
 
 
 SVD = TruncatedSVD()

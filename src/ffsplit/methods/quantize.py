@@ -1,7 +1,8 @@
-"""One precision for the whole FFN: round-to-nearest or GPTQ."""
+"""One precision for the whole FFN: round-to-nearest, AWQ or GPTQ."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
+from ffsplit.ffn.projections import PackedSpec, StorageSpec
 from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
@@ -17,6 +19,7 @@ from ffsplit.methods.assemble import Part, fit_parts
 from ffsplit.methods.budgets import FLOAT_BITS, average_bits, packed_branch_spec, sum_spec
 from ffsplit.methods.compressors import RoundHow, Rounding
 from ffsplit.methods.registry import MethodConfig, method
+from ffsplit.ops.input_scale import search_input_scale
 
 
 class QuantizeConfig(MethodConfig):
@@ -25,7 +28,9 @@ class QuantizeConfig(MethodConfig):
     Attributes:
         bits: average stored bits per weight, scales, zeros and biases included; the widest codes that fit are taken.
         code_bits: bits of a code, 2 to 8, whatever the total comes to.
-        rounding: ``gptq`` or ``rtn``.
+        rounding: ``gptq``, ``awq`` (to nearest, with searched input scales and ranges) or ``rtn`` (to nearest).
+        scale_search: factors of the input columns, searched as AWQ does, so that large inputs meet fine steps; those of
+            `down` go into `up` where that is exact. None means with ``awq`` only; ``gptq`` can have them too.
         group: consecutive inputs that share a scale.
         symmetric: no zero points.
         scale_bits: 16 for float16 scales, or 8 for multiples of a unit per row: 8 bits a group less, 16 a row more.
@@ -38,6 +43,7 @@ class QuantizeConfig(MethodConfig):
     bits: float | None = Field(None, gt=0, le=FLOAT_BITS)
     code_bits: int | None = Field(None, ge=2, le=8)
     rounding: RoundHow = "gptq"
+    scale_search: bool | None = None
     group: int = Field(64, ge=8)
     symmetric: bool = False
     scale_bits: ScaleBits = 16
@@ -56,12 +62,19 @@ class QuantizeConfig(MethodConfig):
         if (self.bits is None) == (self.code_bits is None):
             raise ValueError("give exactly one of bits and code_bits")
         if self.refit and self.rounding == "rtn":
-            raise ValueError("refit needs rounding: gptq (round-to-nearest is the data-free baseline)")
+            raise ValueError("refit needs rounding: gptq or awq (round-to-nearest is the data-free baseline)")
+        if self.scale_search and self.rounding == "rtn":
+            raise ValueError("scale_search needs rounding: gptq or awq (round-to-nearest is the data-free baseline)")
         return self
 
     @property
     def needs_data(self) -> bool:
-        return self.rounding == "gptq"
+        return self.rounding != "rtn"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether input columns are scaled, with the default of the rounding."""
+        return self.rounding == "awq" if self.scale_search is None else self.scale_search
 
     @property
     def full_budget(self) -> bool:
@@ -76,7 +89,15 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
     """
     widths = range(8, 1, -1) if config.code_bits is None else (config.code_bits,)
     for code_bits in widths:
-        branch = packed_branch_spec(shape, shape.d_ff, code_bits, config.group, config.symmetric, config.scale_bits)
+        branch = packed_branch_spec(
+            shape,
+            shape.d_ff,
+            code_bits,
+            config.group,
+            config.symmetric,
+            config.scale_bits,
+            input_scale=config.scaled,
+        )
         spec = sum_spec(shape, [branch], bias=shape.down_bias)
         if config.bits is None or average_bits(spec, shape) <= config.bits:
             return spec
@@ -88,8 +109,8 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
 
 @method(
     "quantize",
-    summary="one bit width for all neurons, by round-to-nearest or GPTQ",
-    paper="GPTQ, arXiv 2210.17323",
+    summary="one bit width for all neurons, by round-to-nearest, AWQ or GPTQ",
+    paper="GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978",
     budget=("bits",),
     as_sum="one packed branch of all neurons",
     config=QuantizeConfig,
@@ -98,6 +119,26 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
 def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
     """Up and gate first, then `down` on the activations that they really give."""
     spec = structure(FFNShape.of(data.ffn), config)
+    if config.scaled and FFNShape.of(data.ffn).scales_through:
+        data = _folded(data, spec.branches[0].down)
     neurons = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
     part = Part(neurons, spec.branches[0], Rounding(config.rounding, config.polish))
     return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge)
+
+
+def _folded(data: LayerData, down: StorageSpec) -> LayerData:
+    """The same FFN with the input scales of `down` in the rows of `up`, exactly: they are powers of two."""
+    assert isinstance(down, PackedSpec)
+    ffn = data.ffn
+    factor = search_input_scale(
+        ffn.down.float(),
+        data.statistics.hidden_gram,
+        down.bits,
+        down.group,
+        symmetric=down.symmetric,
+        scale_bits=down.scale_bits,
+        powers_of_two=True,
+    ).to(ffn.up)
+    bias = None if ffn.up_bias is None else ffn.up_bias * factor
+    scaled = replace(ffn, up=ffn.up * factor[:, None], up_bias=bias, down=ffn.down / factor)
+    return replace(data, ffn=scaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float16, UInt8
 from pydantic import Field
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from ffsplit.ops.rounding import Grid
 
 ScaleBits = Literal[8, 16]
 """Float16 scales, or 8-bit multiples of a unit per row."""
-ROW_SCALE_BITS = 16
+FLOAT16_BITS = 16
 
 
 class PackedSpec(StorageSpec):
@@ -24,6 +24,7 @@ class PackedSpec(StorageSpec):
 
     Attributes:
         scale_bits: 16: float16 scales; 8: multiples of a unit per row, which is a float16.
+        input_scale: whether each column has a float16 factor of its own.
     """
 
     kind: Literal["packed"] = "packed"
@@ -31,6 +32,7 @@ class PackedSpec(StorageSpec):
     group: int = Field(ge=1)
     symmetric: bool = False
     scale_bits: ScaleBits = 16
+    input_scale: bool = False
 
     @property
     def groups(self) -> int:
@@ -41,32 +43,42 @@ class PackedSpec(StorageSpec):
         return self.shape[0] * self.shape[1]
 
     def stored_bits(self, float_bits: int) -> int:
-        """Bits of codes (with the padding of their rows), scales and zeros; independent of ``float_bits``."""
+        """Bits of codes (with the padding of their rows), all scales and zeros; independent of ``float_bits``."""
         rows, columns = self.shape
         zeros = 0 if self.symmetric else 8 * packed_columns(rows * self.groups, self.bits)
-        scales = self.scale_bits * self.groups + (ROW_SCALE_BITS if self.scale_bits == 8 else 0)
-        return rows * (8 * packed_columns(columns, self.bits) + scales) + zeros
+        scales = self.scale_bits * self.groups + (FLOAT16_BITS if self.scale_bits == 8 else 0)
+        inputs = FLOAT16_BITS * columns if self.input_scale else 0
+        return rows * (8 * packed_columns(columns, self.bits) + scales) + zeros + inputs
 
     def describe(self) -> str:
-        scales = " with 8-bit scales" if self.scale_bits == 8 else ""
-        return f"int{self.bits} in groups of {self.group}{scales}"
+        told = ["8-bit scales"] if self.scale_bits == 8 else []
+        told += ["scaled inputs"] if self.input_scale else []
+        extras = f" with {' and '.join(told)}" if told else ""
+        return f"int{self.bits} in groups of {self.group}{extras}"
 
 
 class Packed(Projection):
     """Low-bit codes, scales and integer zeros, in groups along the input dimension.
 
-    Float16 scales (those of the groups, or the one per row of 8-bit scales) are kept as int16 bit patterns:
-    ``model.to(bfloat16)`` or ``from_pretrained(dtype=...)`` casts floating-point tensors, and a rounded scale would
-    silently change every weight of its group.
+    Float16 scales (of the groups, or the one per row of 8-bit scales, or of the columns) are kept as int16 bit
+    patterns: ``model.to(bfloat16)`` or ``from_pretrained(dtype=...)`` casts floating-point tensors, and a rounded scale
+    would silently change every weight of its group.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     row_scale: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(
-        self, spec: PackedSpec, codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None = None
+        self,
+        spec: PackedSpec,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        row_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.spec: PackedSpec = spec
@@ -74,10 +86,18 @@ class Packed(Projection):
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
         self.register_buffer("row_scale", row_scale)
+        self.register_buffer("input_scale", input_scale)
 
     @classmethod
     def from_codes(
-        cls, codes: UInt8[Tensor, "out in"], grid: Grid, *, bits: int, group: int, symmetric: bool = False
+        cls,
+        codes: UInt8[Tensor, "out in"],
+        grid: Grid,
+        *,
+        bits: int,
+        group: int,
+        symmetric: bool = False,
+        input_scale: Float16[Tensor, " in"] | None = None,
     ) -> Packed:
         """Pack integer codes and their grid; a symmetric grid drops its constant zeros."""
         spec = PackedSpec(
@@ -86,12 +106,16 @@ class Packed(Projection):
             group=min(group, codes.shape[1]),
             symmetric=symmetric,
             scale_bits=16 if grid.row_scale is None else 8,
+            input_scale=input_scale is not None,
         )
         # Packed across rows: padding every row's few zeros to whole bytes would cost more than the zeros.
         zero = None if symmetric else pack(grid.zero.to(torch.uint8).flatten(), bits)
+        inputs = None if input_scale is None else input_scale.view(torch.int16).clone()
         if grid.row_scale is None:
-            return cls(spec, pack(codes, bits), grid.scale.to(torch.float16).view(torch.int16), zero)
-        return cls(spec, pack(codes, bits), grid.scale_codes, zero, grid.row_scale.view(torch.int16))
+            scale, row_scale = grid.scale.to(torch.float16).view(torch.int16), None
+        else:
+            scale, row_scale = grid.scale_codes, grid.row_scale.view(torch.int16)
+        return cls(spec, pack(codes, bits), scale, zero, row_scale, inputs)
 
     @classmethod
     def empty(cls, spec: PackedSpec, dtype: torch.dtype, device: torch.device) -> Packed:
@@ -104,6 +128,7 @@ class Packed(Projection):
             torch.empty(rows, spec.groups, dtype=torch.uint8 if eight else torch.int16, device=device),
             None if spec.symmetric else torch.empty(zeros, dtype=torch.uint8, device=device),
             torch.empty(rows, dtype=torch.int16, device=device) if eight else None,
+            torch.empty(columns, dtype=torch.int16, device=device) if spec.input_scale else None,
         )
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -117,6 +142,7 @@ class Packed(Projection):
             columns=spec.shape[1],
             dtype=dtype or torch.float32,
             row_scale=self.row_scale,
+            input_scale=self.input_scale,
         )
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
@@ -128,4 +154,5 @@ class Packed(Projection):
             bits=self.spec.bits,
             group=self.spec.group,
             row_scale=self.row_scale,
+            input_scale=self.input_scale,
         )
