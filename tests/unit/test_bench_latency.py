@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from ffsplit.bench.latency import can_decode, decode_seconds, interleave, prefill_seconds, time_models
+from ffsplit.bench.latency import can_decode, decode_seconds, prefill_seconds, time_models
 from ffsplit.errors import DataError, ModelError
+from ffsplit.timing import interleave
 from tests.tiny import tiny
 
 WINDOW = torch.arange(3, 19)[None]

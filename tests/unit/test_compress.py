@@ -14,7 +14,8 @@ from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import DataError, ModelError
 from ffsplit.families import read
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.pipeline.compress import cache_home, default_device, evaluating
+from ffsplit.pipeline.compress import default_device, evaluating
+from ffsplit.pipeline.fit import cache_home
 from ffsplit.pipeline.recipe import Recipe
 from tests.tiny import tiny
 from tests.unit.evaluate_helpers import byte_tokenizer, tiny_bert, tiny_llama

@@ -12,7 +12,7 @@ from ffsplit.errors import ResumeError
 from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, Packed
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ops.rounding import round_to_nearest
-from ffsplit.pipeline import compress as compress_module
+from ffsplit.pipeline import fit as fit_module
 from ffsplit.pipeline.journal import Journal, fingerprint, sum_state
 from tests.tiny import tiny
 from tests.unit.family_batches import family_batches, token_ids
@@ -103,7 +103,7 @@ class InterruptedError_(RuntimeError):
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> list[str]:
     """Make the fit of a later layer fail; the names of the layers that are fitted."""
-    fit, names = compress_module._fit, []
+    fit, names = fit_module._fit, []
 
     def failing(job: Any, site: Any, *arguments: Any) -> Any:
         if len(names) == layers:
@@ -111,7 +111,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> list[str]:
         names.append(site.name)
         return fit(job, site, *arguments)
 
-    monkeypatch.setattr(compress_module, "_fit", failing)
+    monkeypatch.setattr(fit_module, "_fit", failing)
     return names
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,9 +22,7 @@ from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.hidden_states import last_states
 from ffsplit.evaluate.kinds import ModelKind, model_kind
 from ffsplit.evaluate.logits import device_of, evaluating
-
-Clock = Callable[[], float]
-Measure = Callable[[], float]
+from ffsplit.timing import Clock, medians, synchronize
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,12 @@ def time_models(
     """
     _check_counts(rounds=rounds, new_tokens=new_tokens, prompt=prompt, warmup=warmup + 1, models=len(models))
     with evaluating(*models), torch.inference_mode():
-        prefill = _medians([partial(prefill_seconds, model, window, clock) for model in models], rounds, warmup)
+        prefill = medians([partial(prefill_seconds, model, window, clock) for model in models], rounds, warmup)
         decode: list[float] | None = None
         if all(can_decode(model, window) for model in models):
             start = window[:1, :prompt]
             turns = [partial(decode_seconds, model, start, new_tokens, clock) for model in models]
-            decode = _medians(turns, rounds, warmup)
+            decode = medians(turns, rounds, warmup)
     return [
         Timing(
             prefill_seconds=prefill[index],
@@ -91,18 +88,6 @@ def time_models(
         )
         for index in range(len(models))
     ]
-
-
-def interleave(measures: Sequence[Measure], rounds: int, warmup: int = 0) -> list[list[float]]:
-    """The results of every measure, taken in turns: A B C, C B A, A B C ...; those of the warm-up are dropped."""
-    results: list[list[float]] = [[] for _ in measures]
-    for number in range(-warmup, rounds):
-        order = range(len(measures)) if number % 2 == 0 else reversed(range(len(measures)))
-        for index in order:
-            seconds = measures[index]()
-            if number >= 0:
-                results[index].append(seconds)
-    return results
 
 
 def prefill_seconds(model: PreTrainedModel, window: Int[Tensor, "batch seq_len"], clock: Clock) -> float:
@@ -150,20 +135,10 @@ def can_decode(model: PreTrainedModel, window: Int[Tensor, "batch seq_len"]) -> 
     return getattr(output, "past_key_values", None) is not None
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given; the CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def _step(model: PreTrainedModel, ids: Tensor, cache: Any | None) -> Any:
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, "past_key_values": cache}
     return model(input_ids=ids, **{name: value for name, value in options.items() if name in accepted})
-
-
-def _medians(measures: Sequence[Measure], rounds: int, warmup: int) -> list[float]:
-    return [median(times) for times in interleave(measures, rounds, warmup)]
 
 
 def _check_counts(**counts: int) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ffsplit.calibrate.batches import Batches
 from ffsplit.calibrate.cache import TensorCache
-from ffsplit.calibrate.devices import visiting
+from ffsplit.calibrate.devices import visiting, whole_model_at_work
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.families import FFNs, FFNSite, read
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.shape import FFNShape
+from ffsplit.methods.registry import MethodConfig
 
 Progress = Callable[[str, int, int], None]
+Trial = Callable[[Sequence[MethodConfig | None], Callable[[], float]], float]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class Scene:
         seed: of everything random.
         store: directory for measurements that a resumed run shall not repeat, or None.
         progress: called with (what, done, total).
+        trial: carries a decision out (one method or None for every FFN), returns what the given function measures
+            then, and puts the dense FFNs back; None where decisions cannot be tried.
+        notes: what the report shall say about the decision, as plain values; filled by the planner.
     """
 
     model: PreTrainedModel
@@ -44,6 +52,8 @@ class Scene:
     seed: int = 0
     store: Path | None = None
     progress: Progress | None = None
+    trial: Trial | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, count: int | None = None) -> list[dict[str, torch.Tensor]]:
         """The first ``count`` batches, all for None."""
@@ -53,13 +63,19 @@ class Scene:
         """The place of a site among all FFNs."""
         return [found.name for found in self.found.sites].index(site.name)
 
+    def act(self, index: int) -> nn.Module:
+        """The activation of one FFN."""
+        return read(self.model, self.found.sites[index]).act
+
     def layer_data(self, site: FFNSite, inputs: object) -> LayerData:
         """One FFN's dense weights on the compute device, with its inputs."""
         dense = read(self.model, site).map(lambda tensor: tensor.to(device=self.device, dtype=torch.float32))
         dense.act.to(self.device)
         return LayerData(dense, inputs, site.name, self.seed + self.index_of(site))  # type: ignore[arg-type]
 
-    def walk(self, count: int | None = None, label: str = "measure") -> Iterator[tuple[Block, BlockReplay]]:
+    def walk(
+        self, count: int | None = None, label: str = "measure", *, to_the_end: bool = False
+    ) -> Generator[tuple[Block, BlockReplay]]:
         """Every block in turn, with a replay of the dense model that has finished all blocks before it.
 
         The caller may capture inputs and run the model to its end; the replay then moves on over the dense block.
@@ -67,10 +83,14 @@ class Scene:
         Args:
             count: batches; all for None.
             label: for the progress display.
+            to_the_end: the caller will run the model to its end, so all blocks must be able to work on the device.
         """
         with TensorCache(None, self.device) as cache:
             replay = BlockReplay(self.model, self.batches(count), cache, self.device)
-            with visiting(self.model, self.found.blocks, self.device):
+            with ExitStack() as stack:
+                stack.enter_context(visiting(self.model, self.found.blocks, self.device))
+                if to_the_end:
+                    stack.enter_context(whole_model_at_work(self.model, self.found.blocks, self.device))
                 for number, block in enumerate(self.found.blocks):
                     yield block, replay
                     replay.advance(block)

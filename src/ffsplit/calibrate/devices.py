@@ -41,3 +41,33 @@ def move_outside_blocks(model: nn.Module, blocks: Sequence[Block], device: torch
             parameter.data = parameter.data.to(device)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
+def whole_model_at_work(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> Iterator[None]:
+    """Let the whole model run on a device: all of it moves there if it fits well, else each block for its turn.
+
+    The parts outside the blocks are there already (see :func:`visiting`, which also takes everything home again).
+    """
+    if device.type == "cpu":
+        yield
+        return
+    modules = [model.get_submodule(block.path) for block in blocks]
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free, _ = torch.accelerator.get_memory_info(device)
+    if needed < free / 2:
+        for module in modules:
+            module.to(device)
+        yield
+        return
+    homes = [next(module.parameters()).device for module in modules]
+    handles = [module.register_forward_pre_hook(lambda module, _: module.to(device) and None) for module in modules]
+    handles += [
+        module.register_forward_hook(lambda module, _args, _output, home=home: module.to(home) and None)
+        for module, home in zip(modules, homes, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -116,16 +116,19 @@ class BlockReplay:
             for index in range(len(self.batches) if limit is None else limit):
                 yield index, pytree.tree_leaves(self._output(index, block))[0]
 
-    def finish(self, block: Block, options: Mapping[str, object] | None = None) -> Iterator[tuple[int, object]]:
+    def finish(
+        self, block: Block, options: Callable[[int], Mapping[str, object]] | None = None, limit: int | None = None
+    ) -> Iterator[tuple[int, object]]:
         """The model's own outputs for each batch: finished blocks answer from the cache, the rest runs as it is now.
 
         Args:
             block: the first that is not finished.
-            options: further arguments of the model's forward.
+            options: further arguments of the model's forward for a batch.
+            limit: run only so many batches.
         """
         with self._at_work(block):
-            for index in range(len(self.batches)):
-                yield index, self._forward(index, options or {})
+            for index in range(len(self.batches) if limit is None else limit):
+                yield index, self._forward(index, {} if options is None else options(index))
 
     def _output(self, index: int, block: Block) -> object:
         """What a block returns for one batch."""

@@ -114,6 +114,9 @@ class FFSplitConfig(MethodConfig):
     def full_budget(self) -> bool:
         return self.keep == 1 or self.bits == FLOAT_BITS
 
+    def quick(self) -> FFSplitConfig:
+        return self.model_copy(update={"polish": 0})
+
 
 def structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
     """A heavy branch and a rest branch (or a linear map) that together meet the budget exactly or from below."""

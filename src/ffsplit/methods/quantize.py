@@ -80,6 +80,9 @@ class QuantizeConfig(MethodConfig):
     def full_budget(self) -> bool:
         return self.bits == FLOAT_BITS
 
+    def quick(self) -> QuantizeConfig:
+        return self.model_copy(update={"polish": 0})
+
 
 def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
     """One packed branch of all neurons.

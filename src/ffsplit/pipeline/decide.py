@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 from ffsplit.budget.registry import Decision, planners
-from ffsplit.methods.registry import method_config
+from ffsplit.budget.scene import Trial
+from ffsplit.families.surgery import originals, restore
+from ffsplit.methods.registry import MethodConfig, method_config
+from ffsplit.pipeline.fit import fit_all
 from ffsplit.pipeline.job import Job
-from ffsplit.pipeline.journal import Journal
+from ffsplit.pipeline.journal import Journal, fingerprint
 
 
-def decide(job: Job, log: Journal | None) -> Decision:
-    """The method of every FFN, as the recipe's planner finds best on the dense model.
+def settle_by_planner(job: Job, log: Journal, cache_dir: str | Path | None) -> Journal:
+    """Settle a job on what its recipe's planner finds best on the dense model.
+
+    Returns:
+        The journal of the fits to come; those that the planner tried out are in it already.
 
     Raises:
         FFSplitError: what the planner refuses.
     """
     config = job.recipe.planner
     assert config is not None
-    if log is not None and (kept := log.kept("decision")) is not None:
-        return [None if values is None else method_config(values) for values in kept]
-    scene = job.scene(None if log is None else log.folder("measured"))
-    decided = planners()[config.method].decide(scene, config)
-    if log is not None:
-        log.keep("decision", [None if one is None else one.model_dump(mode="json") for one in decided])
-    return decided
+    kept = log.kept("decision")
+    if kept is None:
+        scene = job.scene(log.folder("measured"), _trial(job, log, cache_dir))
+        decided = planners()[config.method].decide(scene, config)
+        kept = {"methods": _plain(decided), "notes": scene.notes}
+        log.keep("decision", kept)
+    decided = [None if values is None else method_config(values) for values in kept["methods"]]
+    job.decision = kept["notes"]
+    job.settle(job.recipe.methods_for(len(job.shapes), decided))
+    fits = _fits(job, log)
+    for other in log.directory.glob("fits-*"):
+        if other != fits.directory:
+            shutil.rmtree(other)
+    return fits
+
+
+def _trial(job: Job, log: Journal, cache_dir: str | Path | None) -> Trial:
+    """A function that carries a decision out, measures, and puts the dense FFNs back."""
+
+    def run(decision: Sequence[MethodConfig | None], score: Callable[[], float]) -> float:
+        job.settle(job.recipe.methods_for(len(job.shapes), list(decision)))
+        fits = _fits(job, log)
+        known = fits.kept("score")
+        if known is None:
+            dense = [originals(job.model, site) for site in job.found.sites]
+            try:
+                fit_all(job, fits, cache_dir)
+                known = score()
+            finally:
+                for taken in dense:
+                    restore(job.model, taken)
+                job.notes.clear()
+            fits.keep("score", known)
+        return float(known)
+
+    return run
+
+
+def _fits(job: Job, log: Journal) -> Journal:
+    """The journal of the fits of a settled job, inside that of its decision."""
+    methods = _plain(job.configs)
+    return Journal(log.folder(f"fits-{fingerprint({'methods': methods})[:16]}"), {"methods": methods})
+
+
+def _plain(decision: Decision) -> list[dict[str, object] | None]:
+    return [None if one is None else one.model_dump(mode="json") for one in decision]

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ffsplit.budget.registry import Decision
-from ffsplit.budget.scene import Scene
+from ffsplit.budget.scene import Scene, Trial
 from ffsplit.calibrate.batches import Batches
 from ffsplit.families import FFNs
 from ffsplit.families.projection import is_projection
@@ -32,6 +32,7 @@ class Job:
         linear_parameters: of all linear layers of the dense model but its output head.
         configs: the method of every FFN; empty until :meth:`settle`.
         plan: what every FFN becomes; empty until :meth:`settle`.
+        decision: what a planner says about its decision, as plain values.
         notes: one entry per finished FFN, in the order of execution.
     """
 
@@ -46,6 +47,7 @@ class Job:
     linear_parameters: int
     configs: Decision = field(default_factory=list)
     plan: Plan = field(default_factory=lambda: Plan(ffns=()))
+    decision: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
 
     def settle(self, configs: Decision) -> None:
@@ -58,10 +60,10 @@ class Job:
         self.plan = make_plan(self.found.sites, self.shapes, configs)
         self.configs = configs
 
-    def scene(self, store: Path | None) -> Scene:
+    def scene(self, store: Path | None, trial: Trial | None) -> Scene:
         """What a planner may look at; ``store`` is where its measurements outlast a killed run."""
         return Scene(
-            self.model, self.found, self.shapes, self.data, self.device, self.recipe.seed, store, self.progress
+            self.model, self.found, self.shapes, self.data, self.device, self.recipe.seed, store, self.progress, trial
         )
 
     def identity(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
             "bits_ffn": job.plan.bits,
         },
         "calibration": job.data.describe(),
+        **({"decision": job.decision} if job.decision else {}),
         "layers": job.notes,
         "seconds": round(seconds, 1),
         "provenance": provenance(seed=job.recipe.seed, data={"calibration": job.data.sha256})
