@@ -43,6 +43,10 @@ def budget_bits(bits: float, heavy_bits: int, rest_bits: int, group: int, drift:
     return method("ffsplit", drift, bits=bits, heavy_bits=heavy_bits, rest_bits=rest_bits, group=group)
 
 
+def auto(drift: float = 0.5, **fields: Any) -> dict[str, Any]:
+    return method("auto", drift, **fields)
+
+
 # (name, recipe, what the prototype measured)
 ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     ("svd 0.75", method("svd", keep=0.75), 158_784.0),
@@ -87,6 +91,11 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     ("best: ffsplit int4 + int2 3.0 bits, drift", budget_bits(3.0, 4, 2, 128), None),
     ("best: ffsplit int3 + int2 g128 3.0 bits, drift", budget_bits(3.0, 3, 2, 128), None),
     ("best: gptq 3 + refit + polish, drift", method("quantize", 0.5, code_bits=3), None),
+    ("auto: 4.0 bits", auto(bits=4.0), None),
+    ("auto: 3.0 bits", auto(bits=3.0), None),
+    ("auto: 2.5 bits", auto(bits=2.5), None),
+    ("auto: keep 0.75", auto(1.0, keep=0.75), None),
+    ("auto: keep 0.5", auto(keep=0.5), None),
 ]
 
 
@@ -101,7 +110,12 @@ def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
 
 
 def run(
-    rows: list[tuple[str, dict[str, Any], float | None]], device: str, out: Path, cap: int, samples: int
+    rows: list[tuple[str, dict[str, Any], float | None]],
+    device: str,
+    out: Path,
+    cap: int,
+    samples: int,
+    measured: Path | None,
 ) -> list[dict[str, Any]]:
     source = open_source(str(smollm2()))
     dense, tokenizer = source.load(), source.tokenizer()
@@ -116,7 +130,13 @@ def run(
     for name, recipe, prototype in rows:
         started = time.perf_counter()
         result = ffsplit.compress(
-            copy.deepcopy(dense), tokenizer, recipe=recipe, calibration=calibration, device=device, seed=0
+            copy.deepcopy(dense),
+            tokenizer,
+            recipe=recipe,
+            calibration=calibration,
+            device=device,
+            seed=0,
+            measured=measured,
         )
         fitted = time.perf_counter() - started
         model = result.model.to(device)
@@ -133,6 +153,7 @@ def run(
             "top1": both.agreement.top1,
             "seconds": round(fitted, 1),
             "output_error": [layer["output_error"] for layer in result.report["layers"]],
+            **({"decision": result.report["decision"]} if "decision" in result.report else {}),
         }
         results.append(row)
         print(
@@ -163,6 +184,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
     parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows")
     parser.add_argument("--samples", type=int, default=CALIBRATION_WINDOWS, help="calibration windows")
+    parser.add_argument("--measured", type=Path, help="directory for the measurements of planners, shared by the rows")
     parser.add_argument("--extra", type=Path, help="JSON file with a list of [name, recipe] to run instead of the rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.json")
     options = parser.parse_args()
@@ -170,7 +192,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [(name, recipe, None) for name, recipe in json.loads(options.extra.read_text())] if options.extra else ROWS
     rows = [row for row in rows if re.search(options.only, row[0])]
-    run(rows, options.device, options.out, options.windows, options.samples)
+    run(rows, options.device, options.out, options.windows, options.samples, options.measured)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def _variants(method: Method | Planner) -> list[dict[str, Any]]:
 
 
 def _config(method: Method | Planner, **values: Any) -> MethodConfig:
-    return method.config.model_validate({"method": method.name, **values})
+    return method.config.model_validate({"method": method.name, **method.example, **values})
 
 
 def _settings(config: type[MethodConfig]) -> str:

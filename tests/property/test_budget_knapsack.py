@@ -32,9 +32,7 @@ def test_no_other_choice_within_the_limit_is_better(problem: list[list[tuple[flo
     limit = least + share * (most - least) + 1e-6
     chosen = choose(damages, costs, limit)
     assert total(costs, chosen) <= limit * (1 + 1e-6) + 1e-6
-    best = min(
-        total(damages, plan) for plan in product(*map(range, map(len, costs))) if total(costs, plan) <= limit
-    )
+    best = min(total(damages, plan) for plan in product(*map(range, map(len, costs))) if total(costs, plan) <= limit)
     assert total(damages, chosen) <= best + 1e-4 * max(1.0, best)
 
 

@@ -28,9 +28,10 @@ GRIDS: Mapping[str, Sequence[float]] = {"keep": KEEP, "bits": BITS, "sparsity": 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 SAMPLE_ROWS = 256
 """Rows of `up` from which the rounding error of each width is taken."""
+LINEAR = tuple({"method": "ffsplit", "rest": "linear", "keep": keep} for keep in (0.1, 0.2, 0.3))
 DEFAULTS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "keep": ({"method": "prune"}, {"method": "ffsplit", "rest": "linear"}),
-    "flops": ({"method": "prune"}, {"method": "ffsplit", "rest": "linear"}),
+    "keep": ({"method": "prune"}, *LINEAR),
+    "flops": ({"method": "prune"}, *LINEAR),
     "latency": ({"method": "prune"},),
     "bits": ({"method": "mixed-bits"},),
     "bytes": ({"method": "mixed-bits"}, {"method": "prune"}),
@@ -98,7 +99,7 @@ def mixed_widths(data: LayerData, values: Mapping[str, Any]) -> Iterator[MixedBi
 
 def _bits_of(shape: FFNShape, config: MixedBitsConfig, bits: int) -> float:
     """Stored bits a weight of an FFN in one width, everything counted."""
-    branch = packed_branch_spec(shape, shape.d_ff, bits, config.group, config.symmetric)
+    branch = packed_branch_spec(shape, shape.d_ff, bits, config.group, config.symmetric, config.scale_bits)
     return average_bits(sum_spec(shape, [branch], bias=shape.down_bias), shape)
 
 
@@ -106,6 +107,6 @@ def _bits_of(shape: FFNShape, config: MixedBitsConfig, bits: int) -> float:
 def _rounding_error(data: LayerData, config: MixedBitsConfig, bits: int) -> float:
     """Relative squared error of some rows of `up` rounded to nearest."""
     rows = data.ffn.up[:SAMPLE_ROWS].float()
-    grid = fit_grid(rows, bits, config.group, symmetric=config.symmetric, search=True)
+    grid = fit_grid(rows, bits, config.group, symmetric=config.symmetric, scale_bits=config.scale_bits, search=True)
     error = decode(encode(rows, grid, bits), grid, torch.float32) - rows
     return float(error.square().sum() / rows.square().sum().clamp_min(torch.finfo(torch.float32).tiny))

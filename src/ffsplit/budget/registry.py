@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,7 @@ class Planner:
         config: its configuration class.
         check: refuses, from shapes alone, what cannot work (RecipeError, BudgetError).
         decide: the decision.
+        example: settings that a configuration needs besides a budget, with some sensible value.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Planner:
     config: type[PlannerConfig]
     check: Callable[[Sequence[FFNShape], Any], None]
     decide: Callable[[Scene, Any], Decision]
+    example: Mapping[str, Any] = field(default_factory=dict)
 
 
 _PLANNERS: dict[str, Planner] = {}
@@ -64,13 +66,14 @@ def planner(
     config: type[PlannerConfig],
     check: Callable[[Sequence[FFNShape], Any], None],
     status: Status = "stable",
+    example: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[[Scene, Any], Decision]], Callable[[Scene, Any], Decision]]:
     """Register the decorated function ``(scene, config) -> Decision`` as a planner."""
 
     def register(decide: Callable[[Scene, Any], Decision]) -> Callable[[Scene, Any], Decision]:
         if name in _PLANNERS:
             raise ValueError(f"planner {name} is registered twice")
-        _PLANNERS[name] = Planner(name, summary, paper, budget, as_sum, status, config, check, decide)
+        _PLANNERS[name] = Planner(name, summary, paper, budget, as_sum, status, config, check, decide, example or {})
         return decide
 
     return register

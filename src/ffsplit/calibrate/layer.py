@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,6 +50,7 @@ class LayerData:
         seed: for methods that draw random numbers.
         corrections: what to add to the dense FFN's outputs on each chunk of ``inputs`` to get the targets of a refit
             (see :mod:`ffsplit.calibrate.drift`); None means nothing.
+        memo: results that several methods tried on this layer share, by name.
     """
 
     ffn: FFNWeights
@@ -56,6 +58,7 @@ class LayerData:
     name: str = "ffn"
     seed: int = 0
     corrections: Activations | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
     _device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:

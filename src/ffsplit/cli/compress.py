@@ -24,6 +24,10 @@ Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits 
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Budget: share of work left out at run time.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Keep activations on disk, below this directory.")]
+Measured = Annotated[
+    Path | None,
+    typer.Option("--measured", help="Keep a planner's measurements here, for other budgets.", metavar="DIR"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of ffsplit.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not reload and compare after saving.")]
 
@@ -44,6 +48,7 @@ def compress(
     dtype: options.Dtype = None,
     seed: Seed = None,
     cache_dir: CacheDir = None,
+    measured: Measured = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     as_json: options.Json = False,
@@ -57,6 +62,8 @@ def compress(
     checks.check_model_name(model)
     if cache_dir is not None:
         checks.check_writable(cache_dir.absolute())
+    if measured is not None:
+        checks.check_writable(measured.absolute())
     weights = checks.torch_dtype(dtype)
     place = checks.torch_device(device)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
@@ -74,6 +81,7 @@ def compress(
             dtype=weights,
             journal=journal,
             cache_dir=cache_dir,
+            measured=measured,
             progress=report,
         )
         say(f"saving to {out}")

@@ -46,7 +46,7 @@ def _row(found: Any) -> dict[str, Any]:
     from ffsplit.methods.registry import EXAMPLE_BUDGETS
 
     budget = {name: EXAMPLE_BUDGETS[name] for name in found.budget[:1]}
-    config = found.config.model_validate({"method": found.name, **budget})
+    config = found.config.model_validate({"method": found.name, **budget, **found.example})
     return {
         "name": found.name,
         "summary": found.summary,

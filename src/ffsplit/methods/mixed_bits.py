@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
+from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
@@ -27,6 +28,7 @@ class MixedBitsConfig(MethodConfig):
         score: what makes a neuron heavy.
         group: consecutive inputs that share a scale; counts that are multiples of it waste nothing.
         symmetric: no zero points.
+        scale_bits: 16 for float16 scales, or 8 for multiples of a unit per row: 8 bits a group less, 16 a row more.
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down`, each width absorbing the error of the narrower ones.
         ridge: pull of that fit to the old weights.
@@ -37,6 +39,7 @@ class MixedBitsConfig(MethodConfig):
     score: ScoreName = "output_norm"
     group: int = Field(64, ge=8)
     symmetric: bool = False
+    scale_bits: ScaleBits = 8
     polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-3, ge=0)
@@ -66,9 +69,8 @@ def structure(shape: FFNShape, config: MixedBitsConfig) -> SumSpec:
     """
     if (asked := sum(config.neurons.values())) > shape.d_ff:
         raise BudgetError(f"neurons={config.neurons} are {asked}, and the FFN has d_ff={shape.d_ff}")
-    branches = [
-        packed_branch_spec(shape, count, bits, config.group, config.symmetric) for bits, count in config.neurons.items()
-    ]
+    how = (config.group, config.symmetric, config.scale_bits)
+    branches = [packed_branch_spec(shape, count, bits, *how) for bits, count in config.neurons.items()]
     return sum_spec(shape, branches, bias=shape.down_bias)
 
 
@@ -80,6 +82,7 @@ def structure(shape: FFNShape, config: MixedBitsConfig) -> SumSpec:
     as_sum="one packed (or dense) branch a width",
     config=MixedBitsConfig,
     structure=structure,
+    example={"neurons": {4: 768, 3: 768}},
 )
 def mixed_bits(data: LayerData, config: MixedBitsConfig) -> SumFFN:
     """Split by score, the narrowest branch fitted first, so that the wider ones absorb its error."""

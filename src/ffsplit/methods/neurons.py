@@ -63,7 +63,7 @@ def neuron_order(data: LayerData, name: ScoreName, count: int, *, ridge: float =
     """
     ffn = data.ffn
     if name == "greedy_obs":
-        chosen = selection.greedy_obs_order(data.statistics.hidden_gram, ffn.down, count)
+        chosen = _greedy_obs(data, count)
     elif name == "forward":
         chosen = selection.forward_selection_order(data.statistics.hidden_gram, ffn.down, count)
     elif name == "pivoted_qr":
@@ -74,3 +74,13 @@ def neuron_order(data: LayerData, name: ScoreName, count: int, *, ridge: float =
     left = torch.ones(ffn.d_ff, dtype=torch.bool, device=chosen.device)
     left[chosen] = False
     return torch.cat([chosen, left.nonzero().flatten()])
+
+
+def _greedy_obs(data: LayerData, count: int) -> Int[Tensor, " count"]:
+    """The survivors of greedy elimination; one that went further than asked holds every larger set too."""
+    kept, ranking = data.memo.get("greedy_obs", (None, None))
+    if kept is None or kept > count:
+        ranking = selection.obs_ranking(data.statistics.hidden_gram, data.ffn.down, count)
+        data.memo["greedy_obs"] = (count, ranking)
+    survivors: Tensor = ranking[:count]
+    return survivors

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
 
@@ -101,6 +101,7 @@ class Method:
         budget: which budgets it takes.
         as_sum: the method in the terms of the one idea, a sum of branches.
         config: its configuration class.
+        example: settings that a configuration needs besides a budget, with some sensible value.
         structure: the structure it will produce for an FFN of a given shape, before any data is seen.
         fit: the compressed FFN, with exactly that structure.
     """
@@ -114,6 +115,7 @@ class Method:
     config: type[MethodConfig]
     structure: Callable[[FFNShape, Any], SumSpec]
     fit: Callable[[LayerData, Any], SumFFN]
+    example: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, shape: FFNShape, config: MethodConfig) -> SumSpec:
         """The structure that :meth:`apply` will produce for an FFN of this shape. Needs no data.
@@ -145,13 +147,14 @@ def method(
     config: type[MethodConfig],
     structure: Callable[[FFNShape, Any], SumSpec],
     status: Status = "stable",
+    example: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[[LayerData, Any], SumFFN]], Callable[[LayerData, Any], SumFFN]]:
     """Register the decorated function ``(data, config) -> SumFFN`` as a method."""
 
     def register(fit: Callable[[LayerData, Any], SumFFN]) -> Callable[[LayerData, Any], SumFFN]:
         if name in _METHODS:
             raise ValueError(f"method {name} is registered twice")
-        _METHODS[name] = Method(name, summary, paper, budget, as_sum, status, config, structure, fit)
+        _METHODS[name] = Method(name, summary, paper, budget, as_sum, status, config, structure, fit, example or {})
         return fit
 
     return register

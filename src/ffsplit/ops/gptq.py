@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ffsplit.ops.blocks import round_block
 from ffsplit.ops.linalg import diagonal_scale, ridged, shifted_cholesky
-from ffsplit.ops.rounding import Grid, fit_grid, group_size, nearest_code
+from ffsplit.ops.rounding import Grid, fit_grid, group_size
 
 Order = Literal["natural", "descending"]
 Fit = partial[Grid]
-Settle = Callable[[int, Float[Tensor, "ahead out"]], Float[Tensor, " out"]]
+Settle = Callable[[slice, Float[Tensor, "block out"], Float[Tensor, "block block"]], Float[Tensor, "block out"]]
 
 
 def gptq(
@@ -71,8 +72,9 @@ def _static(
     """Descending order, every grid fitted beforehand."""
     order = metric.diagonal().argsort(descending=True, stable=True)
     grid = fit(work, importance=_importance(metric).to(work))
-    rest, factor = work.T[order], inverse_factor(metric[order][:, order], damp).to(work)
-    scale, zero = (values.to(work).T[order] for values in grid.columns(work.shape[1]))
+    rest = work.T[order].contiguous()
+    factor = inverse_factor(metric[order][:, order], damp).to(work).contiguous()
+    scale, zero = (values.to(work).T[order].contiguous() for values in grid.columns(work.shape[1]))
     codes = torch.empty_like(rest, dtype=torch.uint8)
     codes[order] = _round_span(rest, factor, scale, zero, bits, 0, block)
     return codes.T.contiguous(), grid
@@ -82,7 +84,8 @@ def _dynamic(
     work: Float[Tensor, "out in"], metric: Float[Tensor, "in in"], bits: int, fit: Fit, damp: float, block: int
 ) -> tuple[UInt8[Tensor, "out in"], Grid]:
     """Natural order, every grid fitted to the corrected weights of its group."""
-    rest, factor = work.T.clone(), inverse_factor(metric, damp).to(work)
+    rest = work.T.clone(memory_format=torch.contiguous_format)
+    factor = inverse_factor(metric, damp).to(work).contiguous()
     size: int = fit.keywords["group"]
     row_scale = fit(work, search=False).row_scale if fit.keywords["scale_bits"] == 8 else None
     grids, codes = [], []
@@ -90,7 +93,7 @@ def _dynamic(
         group = rest[start : start + size].T
         importance = _importance(metric)[start : start + size].to(work)
         grids.append(fit(group, importance=importance, row_scale=row_scale))
-        scale, zero = (values.to(work).T for values in grids[-1].columns(group.shape[1]))
+        scale, zero = (values.to(work).T.contiguous() for values in grids[-1].columns(group.shape[1]))
         codes.append(_round_span(rest, factor, scale, zero, bits, start, block))
     grid = Grid(torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1), size, row_scale)
     return torch.cat(codes).T.contiguous(), grid
@@ -121,36 +124,21 @@ def settle_span(
     stop: int,
     block: int,
 ) -> None:
-    """Decide the columns from ``start`` to ``stop`` one after another; correct all later rows of ``rest`` in place.
+    """Decide the columns from ``start`` to ``stop`` block after block; correct all later rows of ``rest`` in place.
 
     Args:
-        rest: the weight, one input column per row; a decided row is left as it was when it was decided.
+        rest: the weight, one input column per row.
         factor: see `inverse_factor`.
-        settle: given a column and its row with those that follow in its block, all corrected so far, what the row
-            becomes.
+        settle: decides a block: given which columns it is, their values, all corrected so far, and the block's own part
+            of the factor, it returns the scaled errors that the columns after the block are to be corrected for.
         start: first column to decide.
         stop: the one after the last.
         block: columns between two updates of everything after the block.
     """
     for first in range(start, stop, block):
         here = slice(first, min(first + block, stop))
-        errors = _settle_block(rest[here], factor[here, here], settle, first)
+        errors = settle(here, rest[here], factor[here, here])
         rest[here.stop :].addmm_(factor[here, here.stop :].T, errors, alpha=-1)
-
-
-def _settle_block(
-    values: Float[Tensor, "block out"], factor: Float[Tensor, "block block"], settle: Settle, first: int
-) -> Float[Tensor, "block out"]:
-    """Decide column after column, correcting the later ones of the block at once.
-
-    Returns:
-        The scaled errors that the columns after the block are still to be corrected for.
-    """
-    errors = torch.empty_like(values)
-    for index in range(values.shape[0]):
-        errors[index] = (values[index] - settle(first + index, values[index:])) / factor[index, index]
-        values[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
-    return errors
 
 
 def _round_span(
@@ -165,11 +153,9 @@ def _round_span(
     """Round the columns from ``start`` on for which there is a scale; correct all later rows of ``rest`` in place."""
     codes = torch.empty(scale.shape, dtype=torch.uint8, device=rest.device)
 
-    def nearest(column: int, ahead: Float[Tensor, "ahead out"]) -> Float[Tensor, " out"]:
-        at = column - start
-        code = nearest_code(ahead[0], scale[at], zero[at], bits)
-        codes[at] = code
-        return (code - zero[at]) * scale[at]
+    def settle(here: slice, values: Tensor, block_factor: Tensor) -> Tensor:
+        part = slice(here.start - start, here.stop - start)
+        return round_block(values, block_factor, scale[part], zero[part], bits, codes[part])
 
-    settle_span(rest, factor, nearest, start, start + len(scale), block)
+    settle_span(rest, factor, settle, start, start + len(scale), block)
     return codes

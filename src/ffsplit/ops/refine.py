@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ffsplit.ops.blocks import descend, ratio
 from ffsplit.ops.linalg import diagonal_scale, ridged
-from ffsplit.ops.rounding import Grid, nearest_code, nearest_scale
+from ffsplit.ops.rounding import Grid, nearest_scale
 
 
 def output_error(
@@ -65,12 +66,12 @@ def refine_codes(
     """
     work, metric = _problem(weight, gram)
     scale, zero = (values.to(work).T.contiguous() for values in grid.columns(weight.shape[1]))
-    current = codes.T.to(work)
+    current = codes.T.to(work).contiguous()
     for _ in range(sweeps):
         gradient = metric @ (work - (current - zero) * scale)
         for start in range(0, len(work), block):
             here = slice(start, start + block)
-            moved = _descend(current[here], gradient[here].clone(), metric[here, here], scale[here], zero[here], bits)
+            moved = descend(current[here], gradient[here].clone(), metric[here, here], scale[here], zero[here], bits)
             gradient.addmm_(metric[:, here], moved, alpha=-1)
     return current.T.to(torch.uint8).contiguous()
 
@@ -103,7 +104,7 @@ def refine_scales(
         for index in range(scale.shape[0]):
             here = slice(index * grid.group, (index + 1) * grid.group)
             curvature = (steps[here] * (metric[here, here] @ steps[here])).sum(0)
-            shift = _ratio((steps[here] * gradient[here]).sum(0), curvature)
+            shift = ratio((steps[here] * gradient[here]).sum(0), curvature)
             best = nearest_scale((scale[index] + shift)[:, None], grid.row_scale)[:, 0].to(work)
             best = torch.where(curvature > 0, best, scale[index])
             gradient.addmm_(metric[:, here], steps[here] * (best - scale[index]), alpha=-1)
@@ -117,28 +118,3 @@ def _problem(
     """The transposed weight and the Gram in units of its mean diagonal, float32 (float64 if the weight is)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.T.to(dtype).contiguous(), (ridged(gram, 0.0) / diagonal_scale(gram)).to(dtype)
-
-
-def _descend(
-    current: Float[Tensor, "block out"],
-    gradient: Float[Tensor, "block out"],
-    metric: Float[Tensor, "block block"],
-    scale: Float[Tensor, "block out"],
-    zero: Float[Tensor, "block out"],
-    bits: int,
-) -> Float[Tensor, "block out"]:
-    """Best code of each column in turn; changes ``current`` and ``gradient``, returns the change of the weights."""
-    moved = torch.empty_like(gradient)
-    for index in range(len(current)):
-        shift = _ratio(gradient[index], metric[index, index])
-        value = (current[index] - zero[index]) * scale[index]
-        best = nearest_code(value + shift, scale[index], zero[index], bits)
-        moved[index] = (best - current[index]) * scale[index]
-        current[index] = best
-        gradient.addr_(metric[index], moved[index], alpha=-1)
-    return moved
-
-
-def _ratio(numerator: Float[Tensor, "..."], positive: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """``numerator / positive``, zero where there is nothing to divide by."""
-    return torch.where(positive > 0, numerator / torch.where(positive > 0, positive, 1.0), 0.0)

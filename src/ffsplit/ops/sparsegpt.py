@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ffsplit.ops.blocks import settle_block
 from ffsplit.ops.gptq import inverse_factor, settle_span
 from ffsplit.ops.sparsity import best_mask, n_m_mask
 
@@ -85,5 +86,8 @@ def _sweep(
             mask[span] = choose(column, (ahead[:chosen_from] / pivots).square().T).T
         return ahead[0] * mask[column]
 
-    settle_span(rest, factor, settle, 0, len(rest), block)
+    def settle_columns(here: slice, values: Tensor, block_factor: Tensor) -> Tensor:
+        return settle_block(values, block_factor, lambda index, ahead: settle(here.start + index, ahead))
+
+    settle_span(rest, factor, settle_columns, 0, len(rest), block)
     return (rest * mask).T.contiguous(), mask.T.contiguous()

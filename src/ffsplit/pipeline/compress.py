@@ -53,6 +53,7 @@ def compress(
     seed: int | None = None,
     journal: str | Path | None = None,
     cache_dir: str | Path | None = None,
+    measured: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompressionResult:
     """Compress the FFNs of a model.
@@ -75,6 +76,8 @@ def compress(
         seed: of everything random.
         journal: directory that lets a killed run go on; removed by the command line once the result is saved.
         cache_dir: keep activations on disk below this directory instead of in memory.
+        measured: directory where a planner finds and leaves its measurements, so that other budgets of the same model
+            and text need not repeat them; None keeps them with the journal.
         progress: called with (what, done, total).
 
     Raises:
@@ -95,12 +98,14 @@ def compress(
     where = torch.device(device) if device is not None else default_device()
     with evaluating(model):
         job = _prepare(model, tokenizer, resolved, source, where, progress)
-        seconds = _timed_run(job, journal, cache_dir)
+        seconds = _timed_run(job, journal, cache_dir, measured)
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
     return CompressionResult(model, job.plan, resolved, make_report(job, seconds), tokenizer)
 
 
-def _timed_run(job: Job, journal: str | Path | None, cache_dir: str | Path | None) -> float:
+def _timed_run(
+    job: Job, journal: str | Path | None, cache_dir: str | Path | None, measured: str | Path | None
+) -> float:
     """The long work; how many seconds it took."""
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -109,7 +114,7 @@ def _timed_run(job: Job, journal: str | Path | None, cache_dir: str | Path | Non
             journal = stack.enter_context(TemporaryDirectory(prefix="ffsplit-"))
         log = Journal(journal, job.identity()) if journal is not None else None
         if log is not None and job.recipe.planner is not None:
-            log = settle_by_planner(job, log, cache_dir)
+            log = settle_by_planner(job, log, cache_dir, measured)
         fit_all(job, log, cache_dir)
     return time.perf_counter() - started
 

@@ -15,8 +15,16 @@ from ffsplit.pipeline.job import Job
 from ffsplit.pipeline.journal import Journal, fingerprint
 
 
-def settle_by_planner(job: Job, log: Journal, cache_dir: str | Path | None) -> Journal:
+def settle_by_planner(
+    job: Job, log: Journal, cache_dir: str | Path | None, measured: str | Path | None = None
+) -> Journal:
     """Settle a job on what its recipe's planner finds best on the dense model.
+
+    Args:
+        job: settled here.
+        log: its journal; a decision that is in it is not made again.
+        cache_dir: for the fits of what is tried out.
+        measured: directory of measurements that outlast this job, or None.
 
     Returns:
         The journal of the fits to come; those that the planner tried out are in it already.
@@ -28,7 +36,7 @@ def settle_by_planner(job: Job, log: Journal, cache_dir: str | Path | None) -> J
     assert config is not None
     kept = log.kept("decision")
     if kept is None:
-        scene = job.scene(log.folder("measured"), _trial(job, log, cache_dir))
+        scene = job.scene(_store(job, log, measured), _trial(job, log, cache_dir))
         decided = planners()[config.method].decide(scene, config)
         kept = {"methods": _plain(decided), "notes": scene.notes}
         log.keep("decision", kept)
@@ -40,6 +48,16 @@ def settle_by_planner(job: Job, log: Journal, cache_dir: str | Path | None) -> J
         if other != fits.directory:
             shutil.rmtree(other)
     return fits
+
+
+def _store(job: Job, log: Journal, measured: str | Path | None) -> Path:
+    """Where measurements are kept: what they depend on is part of the name, so that none is taken for another's."""
+    if measured is None:
+        return log.folder("measured")
+    identity = job.identity()
+    folder = Path(measured) / fingerprint({name: identity[name] for name in ("model", "data", "dtype")})[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _trial(job: Job, log: Journal, cache_dir: str | Path | None) -> Trial:

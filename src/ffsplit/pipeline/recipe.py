@@ -19,7 +19,7 @@ BUDGETS = {
     "bits": "stored bits per FFN weight",
     "sparsity": "share of activations or tokens left out at run time, 0 to 1",
 }
-BUDGET_FIELDS = frozenset({*BUDGETS, "code_bits", "width"})
+BUDGET_FIELDS = frozenset({*BUDGETS, "code_bits", "width", "bytes", "flops", "latency"})
 DEFAULT_DOCUMENTS = 1024
 """Calibration sequences of a model that reads documents, unless a number is asked for: these are short,
 and a fit over thousands of neurons needs tens of thousands of tokens."""
