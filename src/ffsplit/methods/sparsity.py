@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
@@ -55,6 +55,8 @@ Structure = Callable[[int, float], SelectorSpec]
 """The selector of a branch of so many neurons, of whose work this share is left out."""
 Calibrate = Callable[[FFNWeights, SelectorSpec], Selector]
 """The selector of a structure for the neurons of a branch."""
+Arrange = Callable[[FFNWeights], Int64[Tensor, " neurons"]]
+"""The order of the neurons of a branch that its selector wants."""
 
 
 def split(shape: FFNShape, sparsity: float, heavy: float) -> tuple[int, float]:
@@ -81,7 +83,9 @@ def masked_structure(shape: FFNShape, sparsity: float, heavy: float, selector: S
     return sum_spec(shape, [dense_branch_spec(shape, always), masked], bias=shape.down_bias)
 
 
-def fit_masked(data: LayerData, config: HeavyConfig, spec: SumSpec, calibrate: Calibrate) -> SumFFN:
+def fit_masked(
+    data: LayerData, config: HeavyConfig, spec: SumSpec, calibrate: Calibrate, arrange: Arrange | None = None
+) -> SumFFN:
     """Heavy neurons by output norm, a calibrated selector for the rest, `down` as it was or refitted."""
     always = spec.branches[0].neurons if len(spec.branches) > 1 else 0
     if always:
@@ -91,6 +95,8 @@ def fit_masked(data: LayerData, config: HeavyConfig, spec: SumSpec, calibrate: C
     parts = [Part(order[:always], spec.branches[0])] if always else []
     # The rest in its own order: only which neurons are heavy matters.
     rest, branch = order[always:].sort().values, spec.branches[-1]
+    if arrange is not None:
+        rest = rest[arrange(data.ffn.take(rest))]
     assert branch.selector is not None
     parts.append(Part(rest, branch, selector=calibrate(data.ffn.take(rest), branch.selector)))
     return fit_parts(data, parts, spec, refit=config.refit, ridge=config.ridge)

@@ -42,7 +42,7 @@ def greedy_shares(
     Returns:
         Sparsities, whose average weighted by ``sizes`` is ``target`` up to rounding.
 
-    Reference: TEAL, arXiv 2408.14690, algorithm 1 (block-wise greedy optimisation): in every step each matrix is tried
+    Reference: TEAL, arXiv 2408.14690, block-wise greedy optimisation: in every step each matrix is tried
         with a rise in inverse proportion to its parameters.
     """
     total, shares = sum(sizes), [0.0] * len(sizes)

@@ -9,14 +9,16 @@ from pydantic import Field
 
 from ffsplit.ffn.selectors.base import Selector, SelectorSpecBase
 from ffsplit.ffn.selectors.input_threshold import InputThreshold, InputThresholdSpec
+from ffsplit.ffn.selectors.router import Router, RouterSpec
 from ffsplit.ffn.selectors.threshold import Threshold, ThresholdSpec
 from ffsplit.ffn.selectors.top_inputs import TopInputs, TopInputsSpec
 
-SelectorSpec = Annotated[InputThresholdSpec | ThresholdSpec | TopInputsSpec, Field(discriminator="kind")]
+SelectorSpec = Annotated[InputThresholdSpec | RouterSpec | ThresholdSpec | TopInputsSpec, Field(discriminator="kind")]
 """Any selector, told apart by its ``kind``."""
 
 SELECTORS: dict[type[SelectorSpecBase], type[Selector]] = {
     InputThresholdSpec: InputThreshold,
+    RouterSpec: Router,
     ThresholdSpec: Threshold,
     TopInputsSpec: TopInputs,
 }
@@ -31,6 +33,8 @@ __all__ = [
     "SELECTORS",
     "InputThreshold",
     "InputThresholdSpec",
+    "Router",
+    "RouterSpec",
     "Selector",
     "SelectorSpec",
     "SelectorSpecBase",

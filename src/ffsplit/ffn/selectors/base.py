@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ffsplit.ffn.projections.base import Spec
 
@@ -74,3 +75,11 @@ def largest(scores: Float[Tensor, "*tokens n"], count: int) -> Bool[Tensor, "*to
     """Which ``count`` entries of every row are the largest; exactly so many, also among equals."""
     chosen = scores.topk(count, dim=-1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+def full_precision_linear(
+    x: Float[Tensor, "*tokens d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
+) -> Float[Tensor, "*tokens d_out"]:
+    """``x weight^T + bias`` in float32, under autocast too: rounding must not decide who works."""
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.float(), weight.float(), None if bias is None else bias.float())
