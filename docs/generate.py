@@ -70,7 +70,7 @@ def _status(found: list[Method | Planner]) -> str:
             f"[`{method.name}`](#{method.name})",
             method.summary,
             method.paper,
-            " or ".join(f"`{budget}`" for budget in method.budget),
+            " or ".join(f"`{budget}`" for budget in method.budget) or "none",
             method.as_sum,
             method.status,
             needs_data(method),
@@ -166,7 +166,8 @@ def _variants(method: Method | Planner) -> list[dict[str, Any]]:
     switches: list[dict[str, Any]] = [{}]
     if "rounding" in method.config.model_fields:
         switches.append({"rounding": "rtn"})
-    if "score" in method.config.model_fields and "rest" not in method.config.model_fields:
+    score = method.config.model_fields.get("score")
+    if score is not None and "magnitude" in get_args(score.annotation):
         switches.append({"score": "magnitude", "refit": False})
     return [{**budget, **switch} for budget in budgets for switch in switches]
 

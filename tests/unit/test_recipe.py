@@ -32,6 +32,9 @@ def test_every_method_by_name(name: str) -> None:
     elif get_method(name).budget and not get_method(name).config.budget_is_optional:
         with pytest.raises(RecipeError, match=rf"method {name} needs a budget: {get_method(name).budget[0]}"):
             load_recipe(name)
+    if not get_method(name).budget:
+        with pytest.raises(RecipeError, match=rf"method {name} takes no keep; it has no budget"):
+            load_recipe(name, keep=0.5)
     if "keep" in get_method(name).budget:
         assert values(load_recipe(name, keep=0.5))["keep"] == 0.5
         assert values(load_recipe(name, keep=0.5)).get("bits") is None

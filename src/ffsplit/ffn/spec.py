@@ -6,6 +6,8 @@ bits it stores.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import PositiveInt, model_validator
 
 from ffsplit.ffn.projections import ProjectionSpec, StorageSpec
@@ -23,6 +25,7 @@ class BranchSpec(Spec):
         up_bias: whether there is one.
         gate_bias: whether there is one.
         selector: which of the neurons work for a token; None: all of them, always.
+        act: ``model`` for the model's activation, ``none`` for none.
     """
 
     up: ProjectionSpec
@@ -31,6 +34,7 @@ class BranchSpec(Spec):
     up_bias: bool = False
     gate_bias: bool = False
     selector: SelectorSpec | None = None
+    act: Literal["model", "none"] = "model"
 
     @model_validator(mode="after")
     def _fits_together(self) -> BranchSpec:
@@ -70,7 +74,8 @@ class BranchSpec(Spec):
         else:
             how = ", ".join(f"{name} {storage}" for name, storage in zip(names, storages, strict=True))
         selected = [] if self.selector is None else [self.selector.describe()]
-        return ", ".join([f"{self.neurons:,} neurons", how, *selected])
+        without = [] if self.act == "model" else ["no activation"]
+        return ", ".join([f"{self.neurons:,} neurons", how, *without, *selected])
 
     @property
     def macs(self) -> float:
@@ -107,6 +112,7 @@ class SumSpec(Spec):
         return (
             len(self.branches) == 1
             and self.branches[0].selector is None
+            and self.branches[0].act == "model"
             and all(projection.kind == "dense" for projection in self.projections)
             and self.linear is None
         )

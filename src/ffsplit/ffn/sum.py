@@ -28,7 +28,7 @@ class Branch(nn.Module):
 
     def __init__(
         self,
-        act: nn.Module,
+        act: nn.Module | None,
         up: Projection,
         down: Projection,
         gate: Projection | None = None,
@@ -38,7 +38,8 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         # A copy: branches of one FFN must not share an activation's parameters, files hold no tensor twice.
-        self.act = copy.deepcopy(act)
+        self.act = nn.Identity() if act is None else copy.deepcopy(act)
+        self.activated = act is not None
         self.up = up
         self.gate = gate
         self.down = down
@@ -55,6 +56,7 @@ class Branch(nn.Module):
             up_bias=self.up_bias is not None,
             gate_bias=self.gate_bias is not None,
             selector=None if self.selector is None else self.selector.spec,
+            act="model" if self.activated else "none",
         )
 
     def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens neurons"]:
@@ -125,7 +127,7 @@ class SumFFN(nn.Module):
 
         branches = [
             Branch(
-                act,
+                act if branch.act == "model" else None,
                 empty_projection(branch.up, dtype, device),
                 empty_projection(branch.down, dtype, device),
                 None if branch.gate is None else empty_projection(branch.gate, dtype, device),
@@ -158,14 +160,16 @@ class SumFFN(nn.Module):
             dtype: of all tensors; None leaves each as it is stored (packed codes become float32).
 
         Raises:
-            ModelError: the sum has a linear map or no branch at all, a branch that works for some tokens only, or
-                branches with and without a gate, which no dense FFN of this shape expresses.
+            ModelError: the sum has a linear map or no branch at all, a branch that works for some tokens only or
+                has no activation, or branches with and without a gate, which no dense FFN of this shape expresses.
         """
         branches = self._branches()
         if any(branch.selector is not None for branch in branches):
             raise ModelError("an FFN whose neurons work for some tokens only cannot be written as dense weights")
         if self.linear is not None or not branches:
             raise ModelError("a dropped FFN or one with a linear map cannot be written as dense up/gate/down weights")
+        if not all(branch.activated for branch in branches):
+            raise ModelError("neurons without an activation cannot be written as dense weights of this model")
         gates = [branch.gate for branch in branches if branch.gate is not None]
         if len(gates) not in (0, len(branches)):
             raise ModelError("branches with and without a gate cannot be written as one dense FFN")

@@ -9,11 +9,11 @@ last, so the branch that keeps its precision repairs the damage of the one that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffsplit.calibrate.layer import LayerData, RefitSums
 from ffsplit.ffn.projections import Dense, DenseSpec, Projection, StorageSpec
@@ -22,8 +22,9 @@ from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.methods.compressors import SVD, WHITENED, Compressor
+from ffsplit.ops.affine_activation import AffineActivation
 from ffsplit.ops.least_squares import refit_down
-from ffsplit.ops.linalg import diagonal_scale, solve_psd
+from ffsplit.ops.linalg import diagonal_scale, schur_complement
 
 Compress = Callable[[Float[Tensor, "d_model part"], Float[Tensor, "part part"]], Projection]
 
@@ -38,6 +39,7 @@ class Part:
         how: the algorithm for its projections.
         how_down: the algorithm for `down` where it is another one; None means ``how``.
         selector: of the branch, calibrated beforehand, if its structure has one.
+        line: what stands for the activation in a branch without one.
     """
 
     neurons: Int[Tensor, " neurons"]
@@ -45,10 +47,27 @@ class Part:
     how: Compressor = SVD
     how_down: Compressor | None = None
     selector: Selector | None = None
+    line: AffineActivation | None = None
 
     @property
     def for_down(self) -> Compressor:
         return self.how if self.how_down is None else self.how_down
+
+
+@dataclass(frozen=True)
+class AffineStart:
+    """Where the linear map and the bias of a sum start from: the ridge of a refit pulls to it.
+
+    Attributes:
+        bias: beside the dense FFN's own; None means zero.
+        weight: of the map; None means zero.
+    """
+
+    bias: Float[Tensor, " d_model"] | None = None
+    weight: Float[Tensor, "d_model d_model"] | None = None
+
+
+ZERO = AffineStart()
 
 
 @dataclass(frozen=True)
@@ -67,28 +86,29 @@ def fit_parts(
     refit: bool,
     ridge: float,
     linear: Compressor = WHITENED,
-    shift: Float[Tensor, " d_model"] | None = None,
+    start: AffineStart = ZERO,
 ) -> SumFFN:
     """A sum of branches fitted to one FFN.
 
     Args:
         data: the dense FFN and its calibration inputs.
         parts: heavy first; neurons that no part names are dropped.
-        spec: the structure promised by the method's plan; a linear map in it needs ``refit``.
+        spec: the structure promised by the method's plan; a linear map in it needs ``refit`` or ``start``.
         refit: fit `down` by least squares to the dense outputs on the inputs that the compressed inner projections
             really produce; otherwise every projection approximates its own dense matrix.
         ridge: pull of the refit towards the old weights, relative to the mean diagonal of the Gram.
         linear: the algorithm for a linear map beside the branches, if the structure has one.
-        shift: without ``refit``, what is added to the output bias.
+        start: the linear map and the bias to start from.
 
     Returns:
         a sum whose structure is ``spec``.
     """
     drafts = [_draft(data, part) for part in parts]
     if refit:
-        downs, mapped, bias = _refit_downs(data, parts, drafts, spec, ridge, linear)
+        downs, mapped, bias = _refit_downs(data, parts, drafts, spec, ridge, linear, start)
     else:
-        downs, mapped, bias = _plain_downs(data, parts), None, _shifted(data.ffn, shift)
+        downs = _plain_downs(data, parts)
+        mapped, bias = _plain_map(data, spec, linear, start)
     for draft, down in zip(drafts, downs, strict=True):
         draft.down = down
     return SumFFN(data.ffn.d_model, drafts, mapped, bias)
@@ -97,6 +117,10 @@ def fit_parts(
 def _draft(data: LayerData, part: Part) -> Branch:
     """The branch with its inner projections compressed; `down` is an exact stand-in until it is fitted."""
     ffn, spec, dtype = data.ffn.take(part.neurons), part.spec, data.ffn.up.dtype
+    act: nn.Module | None = ffn.act
+    if spec.act == "none":
+        assert part.line is not None, "a branch without an activation needs a line in its place"
+        act, ffn = None, _without_activation(ffn, part.line)
     inner_is_dense = isinstance(spec.up, DenseSpec)
     gram = data.moments.input_gram if part.how.needs_gram and not inner_is_dense else None
     inner: list[Projection]
@@ -107,7 +131,16 @@ def _draft(data: LayerData, part: Part) -> Branch:
     else:
         inner = [part.how(ffn.up, spec.up, gram, dtype), part.how(ffn.gate, spec.gate, gram, dtype)]
     gate = inner[1] if inner[1:] else None
-    return Branch(ffn.act, inner[0], Dense(ffn.down), gate, ffn.up_bias, ffn.gate_bias, part.selector)
+    return Branch(act, inner[0], Dense(ffn.down), gate, ffn.up_bias, ffn.gate_bias, part.selector)
+
+
+def _without_activation(ffn: FFNWeights, line: AffineActivation) -> FFNWeights:
+    """The line in place of the activation, in the weights of the projection before it."""
+    if ffn.gate is None:
+        up, up_bias = line.folded(ffn.up, ffn.up_bias)
+        return replace(ffn, up=up, up_bias=up_bias)
+    gate, gate_bias = line.folded(ffn.gate, ffn.gate_bias)
+    return replace(ffn, gate=gate, gate_bias=gate_bias)
 
 
 def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
@@ -121,6 +154,18 @@ def _plain_downs(data: LayerData, parts: Sequence[Part]) -> list[Projection]:
     return downs
 
 
+def _plain_map(
+    data: LayerData, spec: SumSpec, how: Compressor, start: AffineStart
+) -> tuple[Projection | None, Tensor | None]:
+    """The linear map and the bias as they start, the map compressed for the inputs."""
+    bias = _shifted(data.ffn, start.bias)
+    if spec.linear is None:
+        return None, bias
+    assert start.weight is not None, "a linear map needs a refit or a start"
+    gram = data.moments.input_gram if how.needs_gram and not isinstance(spec.linear, DenseSpec) else None
+    return how(start.weight, spec.linear, gram, data.ffn.up.dtype), bias
+
+
 def _refit_downs(
     data: LayerData,
     parts: Sequence[Part],
@@ -128,30 +173,32 @@ def _refit_downs(
     spec: SumSpec,
     ridge: float,
     how_linear: Compressor,
+    start: AffineStart,
 ) -> tuple[list[Projection], Projection | None, Tensor | None]:
     ffn, dtype = data.ffn, data.ffn.up.dtype
     segments: list[Segment] = []
     priors: list[Tensor] = []
 
     def add(prior: Tensor, structure: StorageSpec, how: Compressor) -> None:
-        start = segments[-1].columns.stop if segments else 0
-        columns = slice(start, start + prior.shape[1])
+        first = segments[-1].columns.stop if segments else 0
+        columns = slice(first, first + prior.shape[1])
         segments.append(Segment(columns, lambda weight, gram: how(weight, structure, gram, dtype)))
         priors.append(prior)
 
     if spec.bias:
-        add(ffn.down.new_zeros(ffn.d_model, 1), DenseSpec(shape=(ffn.d_model, 1)), SVD)
+        shift = ffn.down.new_zeros(ffn.d_model) if start.bias is None else start.bias
+        add(shift[:, None], DenseSpec(shape=(ffn.d_model, 1)), SVD)
     for part in parts:
         add(ffn.down[:, part.neurons], part.spec.down, part.for_down)
     if spec.linear is not None:
-        add(ffn.down.new_zeros(ffn.d_model, ffn.d_model), spec.linear, how_linear)
+        square = ffn.down.new_zeros(ffn.d_model, ffn.d_model) if start.weight is None else start.weight
+        add(square, spec.linear, how_linear)
 
     sums = _joint_sums(data, parts, drafts, bias=spec.bias, linear=spec.linear is not None)
     fitted = fit_segments(sums, segments, torch.cat(priors, dim=1), ridge)
     bias = None
     if spec.bias:
-        shift = fitted.pop(0).dense()[:, 0]
-        bias = _shifted(ffn, shift)
+        bias = _shifted(ffn, fitted.pop(0).dense()[:, 0])
     linear = fitted.pop() if spec.linear is not None else None
     return fitted, linear, bias
 
@@ -167,7 +214,9 @@ def _joint_sums(
     data: LayerData, parts: Sequence[Part], drafts: Sequence[Branch], *, bias: bool, linear: bool
 ) -> RefitSums:
     """Sums over [1 | hidden of every part | x], whichever of them exist."""
-    exact = all(isinstance(part.spec.up, DenseSpec) and part.selector is None for part in parts)
+    exact = all(
+        isinstance(part.spec.up, DenseSpec) and part.selector is None and part.spec.act == "model" for part in parts
+    )
     if exact and not bias and not linear and data.corrections is None:
         return _sums_from_statistics(data.ffn, data.statistics.hidden_gram, torch.cat([p.neurons for p in parts]))
 
@@ -216,9 +265,7 @@ def fit_segments(
         mine, rest = segment.columns, slice(0, segment.columns.start)
         undecided = slice(0, mine.stop)
         weight = refit_down(gram[undecided, undecided], cross[undecided], ridge, start[:, undecided])[:, mine]
-        effective = gram[mine, mine]
-        if mine.start:
-            effective = effective - gram[mine, rest] @ solve_psd(gram[rest, rest], gram[rest, mine], ridge)
+        effective = schur_complement(gram, rest, mine, ridge) if mine.start else gram[mine, mine]
         scale = unit[mine]
         projection = segment.compress(weight / scale, symmetric(effective * scale[:, None] * scale))
         decided = projection.dense(torch.float64) * scale

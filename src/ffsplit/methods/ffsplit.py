@@ -23,16 +23,15 @@ from ffsplit.methods.budgets import (
     packed_branch_spec,
     rank_for,
     sum_spec,
-    width_for,
 )
 from ffsplit.methods.compressors import SVD, WHITENED, Compressor, Rounding
+from ffsplit.methods.heavy_map import heavy_and_map
 from ffsplit.methods.neurons import ScoreName, neuron_order
 from ffsplit.methods.registry import MethodConfig, method
 
 Rest = Literal["svd", "whitened", "linear", "rtn", "gptq"]
 LOW_BIT: frozenset[str] = frozenset({"rtn", "gptq"})
 DEFAULT_HEAVY = {"svd": 0.3, "whitened": 0.35}
-LINEAR_SHARE = 0.1
 
 
 class FFSplitConfig(MethodConfig):
@@ -122,42 +121,13 @@ def structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
     """A heavy branch and a rest branch (or a linear map) that together meet the budget exactly or from below."""
     if config.keep is None:
         return _low_bit_structure(shape, config)
-    budget = keep_budget(shape, config.keep)
     if config.compressor == "linear":
-        return _linear_structure(shape, config, budget)
+        return heavy_and_map(shape, config.keep, config.heavy, bias=shape.down_bias)
+    budget = keep_budget(shape, config.keep)
     share = DEFAULT_HEAVY[config.compressor] * config.keep if config.heavy is None else config.heavy
     heavy = heavy_count(shape, share)
     rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank_for(shape, heavy, budget))
     return sum_spec(shape, [dense_branch_spec(shape, heavy), rest], bias=shape.down_bias)
-
-
-def _linear_structure(shape: FFNShape, config: FFSplitConfig, budget: int) -> SumSpec:
-    """Heavy neurons and a low-rank linear map; by default the map gets a tenth of the budget."""
-    heavy = _heavy_beside_map(shape, budget) if config.heavy is None else heavy_count(shape, config.heavy)
-    left = budget - heavy * shape.neuron_parameters - shape.d_model * shape.down_bias
-    rank = min(left // (2 * shape.d_model), shape.d_model)
-    if rank < 1:
-        needed = heavy * shape.neuron_parameters + shape.d_model * shape.down_bias + 2 * shape.d_model
-        smallest = needed / shape.parameters
-        raise BudgetError(
-            f"keep={config.keep} leaves nothing for the linear map beside {heavy} heavy neurons; the smallest "
-            f"reachable keep is {smallest:.4f} (or lower `heavy`)"
-        )
-    return sum_spec(shape, [dense_branch_spec(shape, heavy)], bias=shape.down_bias, linear_rank=rank)
-
-
-def _heavy_beside_map(shape: FFNShape, budget: int) -> int:
-    """As many heavy neurons as fit beside a map that gets its share of the budget, and rank 1 at least."""
-    least = 2 * shape.d_model
-    try:
-        return width_for(shape, budget - max(int(LINEAR_SHARE * budget), least))
-    except BudgetError:
-        neuron = shape.neuron_parameters + shape.d_model * shape.down_bias
-        smallest = max(neuron / (1 - LINEAR_SHARE), neuron + least) / shape.parameters
-        raise BudgetError(
-            f"keep leaves no heavy neuron of d_ff={shape.d_ff} beside the linear map; the smallest reachable keep is "
-            f"{smallest:.4f}"
-        ) from None
 
 
 def _low_bit_structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:

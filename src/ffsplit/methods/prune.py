@@ -13,7 +13,7 @@ from ffsplit.errors import BudgetError
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.methods.assemble import Part, fit_parts
+from ffsplit.methods.assemble import AffineStart, Part, fit_parts
 from ffsplit.methods.budgets import dense_branch_spec, keep_budget, sum_spec, width_for
 from ffsplit.methods.neurons import DATA_FREE_SCORES, ScoreName, neuron_order
 from ffsplit.methods.registry import MethodConfig, check_keep, method
@@ -100,7 +100,7 @@ def prune(data: LayerData, config: PruneConfig) -> SumFFN:
     shift = None
     if config.compensate == "mean" and not config.refit:
         shift = compensation(data, order[spec.neurons :])
-    return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge, shift=shift)
+    return fit_parts(data, [part], spec, refit=config.refit, ridge=config.ridge, start=AffineStart(shift))
 
 
 def compensation(data: LayerData, pruned: Int[Tensor, " pruned"]) -> Float[Tensor, " d_model"]:

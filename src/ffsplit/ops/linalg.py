@@ -88,6 +88,20 @@ def inverse_psd(gram: Float[Tensor, "n n"], ridge: float = 0.0) -> Float[Tensor,
     return (vectors * pseudo_inverse(values)) @ vectors.T
 
 
+def schur_complement(gram: Float[Tensor, "n n"], known: slice, mine: slice, ridge: float) -> Float[Tensor, "m m"]:
+    """The Gram of the columns ``mine`` less what their best linear fit from the columns ``known`` explains; float64.
+
+    Args:
+        gram: of all columns.
+        known: what explains.
+        mine: what is explained.
+        ridge: of the fit, relative to the mean diagonal of the known columns' Gram.
+    """
+    wide = gram.double()
+    left = wide[mine, mine] - wide[mine, known] @ solve_psd(wide[known, known], wide[known, mine], ridge)
+    return (left + left.T) / 2
+
+
 def pseudo_inverse(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """One over each value, and zero for the values that are zero to working precision next to the largest one."""
     if values.numel() == 0:

@@ -228,7 +228,8 @@ def _with_budget(method: dict[str, Any], asked: dict[str, float | None]) -> dict
     chosen = get_entry(str(method.get("method")))
     for name, value in given.items():
         if name not in chosen.budget:
-            raise RecipeError(f"method {chosen.name} takes no {name}; its budget is {' or '.join(chosen.budget)}")
+            takes = f"its budget is {' or '.join(chosen.budget)}" if chosen.budget else "it has no budget"
+            raise RecipeError(f"method {chosen.name} takes no {name}; {takes}")
         method = {key: old for key, old in method.items() if key not in BUDGET_FIELDS} | {name: value}
     if chosen.budget and not chosen.config.budget_is_optional and not BUDGET_FIELDS & method.keys():
         if "bits" not in chosen.budget:
