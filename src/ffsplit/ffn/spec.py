@@ -118,6 +118,11 @@ class SumSpec(Spec):
         )
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether a projection rounds its inputs at run time."""
+        return any(projection.rounds_inputs for projection in self.projections)
+
+    @property
     def projections(self) -> tuple[StorageSpec, ...]:
         inside = tuple(p for branch in self.branches for p in branch.projections)
         return inside if self.linear is None else (*inside, self.linear)

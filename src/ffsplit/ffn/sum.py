@@ -161,11 +161,14 @@ class SumFFN(nn.Module):
 
         Raises:
             ModelError: the sum has a linear map or no branch at all, a branch that works for some tokens only or
-                has no activation, or branches with and without a gate, which no dense FFN of this shape expresses.
+                has no activation, inputs that are rounded at run time, or branches with and without a gate, which no
+                dense FFN of this shape expresses.
         """
         branches = self._branches()
         if any(branch.selector is not None for branch in branches):
             raise ModelError("an FFN whose neurons work for some tokens only cannot be written as dense weights")
+        if self.spec.rounds_inputs:
+            raise ModelError("an FFN that rounds its inputs at run time cannot be written as dense weights")
         if self.linear is not None or not branches:
             raise ModelError("a dropped FFN or one with a linear map cannot be written as dense up/gate/down weights")
         if not all(branch.activated for branch in branches):

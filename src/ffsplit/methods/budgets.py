@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ffsplit.errors import BudgetError
-from ffsplit.ffn.projections import DenseSpec, LowRankSpec, PackedSpec
+from ffsplit.ffn.projections import DenseSpec, LowRankSpec, PackedSpec, ProjectionSpec
 from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
@@ -76,6 +78,19 @@ def packed_branch_spec(
         up_bias=shape.up_bias,
         gate_bias=shape.gate_bias,
     )
+
+
+def one_branch_spec(shape: FFNShape, storage: Callable[[tuple[int, int]], ProjectionSpec]) -> SumSpec:
+    """One branch of all neurons, every matrix in the storage that is made of its shape ``(out, in)``."""
+    inner = storage((shape.d_ff, shape.d_model))
+    branch = BranchSpec(
+        up=inner,
+        gate=inner if shape.gated else None,
+        down=storage((shape.d_model, shape.d_ff)),
+        up_bias=shape.up_bias,
+        gate_bias=shape.gate_bias,
+    )
+    return sum_spec(shape, [branch], bias=shape.down_bias)
 
 
 def sum_spec(shape: FFNShape, branches: list[BranchSpec], *, bias: bool, linear_rank: int = 0) -> SumSpec:

@@ -11,7 +11,18 @@ import torch
 from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
-from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, Packed, PackedSpec, Projection, StorageSpec
+from ffsplit.ffn.projections import (
+    Dense,
+    DenseSpec,
+    Int8Dynamic,
+    Int8DynamicSpec,
+    LowRank,
+    LowRankSpec,
+    Packed,
+    PackedSpec,
+    Projection,
+    StorageSpec,
+)
 from ffsplit.ops.gptq import gptq
 from ffsplit.ops.input_scale import scale_inputs, search_input_scale
 from ffsplit.ops.linalg import ridged
@@ -191,8 +202,24 @@ class Rounding(Compressor):
         )
 
 
+@dataclass(frozen=True)
+class Nearest(Compressor):
+    """Storages that take each row as it is and round it to nearest."""
+
+    @property
+    def needs_gram(self) -> bool:
+        return False
+
+    def fit(
+        self, weights: Sequence[Tensor], spec: StorageSpec, gram: GramOfInputs, dtype: torch.dtype
+    ) -> list[Projection]:
+        assert isinstance(spec, Int8DynamicSpec)
+        return [Int8Dynamic.from_dense(weight, spec, dtype) for weight in weights]
+
+
 SVD = TruncatedSVD()
 WHITENED = TruncatedSVD(whitened=True)
+NEAREST = Nearest()
 
 
 def rows_of_grid(grid: Grid, start: int, stop: int) -> Grid:

@@ -9,16 +9,20 @@ from pydantic import Field
 
 from ffsplit.ffn.projections.base import Projection, StorageSpec
 from ffsplit.ffn.projections.dense import Dense, DenseSpec
+from ffsplit.ffn.projections.int8_dynamic import Int8Dynamic, Int8DynamicSpec
 from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
 from ffsplit.ffn.projections.masked import Masked, MaskedSpec
 from ffsplit.ffn.projections.n_m import NM, NMSpec
 from ffsplit.ffn.projections.packed import Packed, PackedSpec
 
-ProjectionSpec = Annotated[DenseSpec | LowRankSpec | MaskedSpec | NMSpec | PackedSpec, Field(discriminator="kind")]
+ProjectionSpec = Annotated[
+    DenseSpec | Int8DynamicSpec | LowRankSpec | MaskedSpec | NMSpec | PackedSpec, Field(discriminator="kind")
+]
 """Any storage, told apart by its ``kind``."""
 
 STORAGES: dict[type[StorageSpec], type[Projection]] = {
     DenseSpec: Dense,
+    Int8DynamicSpec: Int8Dynamic,
     LowRankSpec: LowRank,
     MaskedSpec: Masked,
     NMSpec: NM,
@@ -36,6 +40,8 @@ __all__ = [
     "STORAGES",
     "Dense",
     "DenseSpec",
+    "Int8Dynamic",
+    "Int8DynamicSpec",
     "LowRank",
     "LowRankSpec",
     "Masked",

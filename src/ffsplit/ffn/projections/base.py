@@ -40,6 +40,11 @@ class StorageSpec(Spec, ABC):
         """How the matrix is stored, in a few words."""
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs are rounded at run time, which no dense matrix does."""
+        return False
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of one token; one a stored number unless the storage says otherwise."""
         return self.parameters
