@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ffsplit.evaluate.evaluate import evaluate as evaluate_model  # noqa: F401
     from ffsplit.families import FFNSite as FFNSite
     from ffsplit.families import find_ffns as find_ffns
+    from ffsplit.families.norms import NormFold as NormFold
+    from ffsplit.families.norms import fold_norms as fold_norms
     from ffsplit.ffn.sum import Branch as Branch
     from ffsplit.ffn.sum import SumFFN as SumFFN
     from ffsplit.ffn.weights import FFNWeights as FFNWeights
@@ -50,6 +52,7 @@ _PUBLIC = {
     "FFNWeights": "ffsplit.ffn.weights:FFNWeights",
     "FFSplitError": "ffsplit.errors:FFSplitError",
     "ModelError": "ffsplit.errors:ModelError",
+    "NormFold": "ffsplit.families.norms:NormFold",
     "Plan": "ffsplit.pipeline.plan:Plan",
     "Recipe": "ffsplit.pipeline.recipe:Recipe",
     "RecipeError": "ffsplit.errors:RecipeError",
@@ -61,6 +64,7 @@ _PUBLIC = {
     "decompress": "ffsplit.checkpoint.decompress:decompress",
     "evaluate_model": "ffsplit.evaluate.evaluate:evaluate",
     "find_ffns": "ffsplit.families:find_ffns",
+    "fold_norms": "ffsplit.families.norms:fold_norms",
     "inspect_model": "ffsplit.pipeline.inspect:inspect",
     "load_recipe": "ffsplit.pipeline.recipe:load_recipe",
     "save": "ffsplit.checkpoint.save:save",

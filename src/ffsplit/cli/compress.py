@@ -23,6 +23,7 @@ Keep = Annotated[float | None, typer.Option("--keep", help="Budget: share of the
 Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits per FFN weight, all counted.")]
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Budget: share of work left out at run time.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+FoldNorms = Annotated[bool, typer.Option("--fold-norms", help="First fold norm weights into what they feed (exact).")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Keep activations on disk, below this directory.")]
 Measured = Annotated[
     Path | None,
@@ -47,6 +48,7 @@ def compress(
     device: options.Device = None,
     dtype: options.Dtype = None,
     seed: Seed = None,
+    fold_norms: FoldNorms = False,
     cache_dir: CacheDir = None,
     measured: Measured = None,
     overwrite: Overwrite = False,
@@ -67,7 +69,8 @@ def compress(
     weights = checks.torch_dtype(dtype)
     place = checks.torch_device(device)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
-    resolved = _recipe(recipe, {"keep": keep, "bits": bits, "sparsity": sparsity}, asked, seed)
+    budget = {"keep": keep, "bits": bits, "sparsity": sparsity}
+    resolved = _recipe(recipe, budget, asked, seed, fold_norms or None)
     target = out.resolve()
     journal = target.with_name(f"{target.name}.ffsplit-journal")
     with quiet(), reporting() as report, _resumable(journal):
@@ -93,12 +96,14 @@ def compress(
         show_compression(result, saved)
 
 
-def _recipe(name: str, budget: dict[str, float | None], asked: dict[str, Any], seed: int | None) -> Recipe:
+def _recipe(
+    name: str, budget: dict[str, float | None], asked: dict[str, Any], seed: int | None, fold_norms: bool | None
+) -> Recipe:
     """The recipe with the command line's values on top, its text already tried."""
     from ffsplit.pipeline.recipe import load_recipe
 
     given = {key: value for key, value in asked.items() if value is not None}
-    recipe = load_recipe(name, **budget, calibration=given, seed=seed)
+    recipe = load_recipe(name, **budget, calibration=given, seed=seed, fold_norms=fold_norms)
     checks.check_text(recipe.calibration.source, recipe.calibration.field, "calibration")
     return recipe
 

@@ -18,6 +18,7 @@ from ffsplit.calibrate.batches import Batches, CalibrationInput, is_causal, make
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, check_dtypes, check_finite, find_ffns, read, verify
+from ffsplit.families.norms import fold_norms as fold
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.pipeline.decide import settle_by_planner
@@ -51,6 +52,7 @@ def compress(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
+    fold_norms: bool | None = None,
     journal: str | Path | None = None,
     cache_dir: str | Path | None = None,
     measured: str | Path | None = None,
@@ -74,6 +76,8 @@ def compress(
             visits the device. None means an accelerator if there is one.
         dtype: to load the model in, when it is given by name.
         seed: of everything random.
+        fold_norms: first fold the weights of the norms in front of the FFNs into what they feed; see
+            :func:`ffsplit.fold_norms`.
         journal: directory that lets a killed run go on; removed by the command line once the result is saved.
         cache_dir: keep activations on disk below this directory instead of in memory.
         measured: directory where a planner finds and leaves its measurements, so that other budgets of the same model
@@ -89,7 +93,9 @@ def compress(
         calibration = str(calibration)
     if isinstance(calibration, str):
         overrides["source"] = calibration
-    resolved = load_recipe(recipe, keep=keep, bits=bits, sparsity=sparsity, calibration=overrides, seed=seed)
+    resolved = load_recipe(
+        recipe, keep=keep, bits=bits, sparsity=sparsity, calibration=overrides, seed=seed, fold_norms=fold_norms
+    )
     if isinstance(model, str | Path):
         model, tokenizer = _load(str(model), tokenizer, resolved, dtype)
     if not isinstance(model, PreTrainedModel):
@@ -221,6 +227,9 @@ def _prepare(
     job = Job(model, found, shapes, recipe, data, device, progress, hash_model(model), linear_parameters(model))
     if recipe.planner is None:
         job.settle(recipe.methods_for(len(shapes)))
+    if recipe.fold_norms:
+        # After the hash, which is that of the model as it came.
+        job.folds = fold(model)
     return job
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ffsplit.budget.registry import Decision
 from ffsplit.budget.scene import Scene, Trial
 from ffsplit.calibrate.batches import Batches
 from ffsplit.families import FFNs
+from ffsplit.families.norms import NormFold
 from ffsplit.families.projection import is_projection
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.pipeline.plan import Plan, make_plan
@@ -34,6 +35,7 @@ class Job:
         plan: what every FFN becomes; empty until :meth:`settle`.
         decision: what a planner says about its decision, as plain values.
         notes: one entry per finished FFN, in the order of execution.
+        folds: what became of the norms in front of the FFNs, when the recipe folds them.
     """
 
     model: PreTrainedModel
@@ -49,6 +51,7 @@ class Job:
     plan: Plan = field(default_factory=lambda: Plan(ffns=()))
     decision: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
+    folds: tuple[NormFold, ...] = ()
 
     def settle(self, configs: Decision) -> None:
         """Fix what happens to every FFN.
@@ -99,6 +102,7 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
         "calibration": job.data.describe(),
         **({"decision": job.decision} if job.decision else {}),
         "layers": job.notes,
+        "folded_norms": [asdict(fold) for fold in job.folds],
         "seconds": round(seconds, 1),
         "provenance": provenance(seed=job.recipe.seed, data={"calibration": job.data.sha256})
         | {"model_sha256": job.model_sha256},

@@ -110,6 +110,8 @@ class Recipe(_Block):
         overrides: the last one that names an FFN wins.
         calibration: text and amount.
         propagate: fit each layer on the inputs that the already compressed ones give it.
+        fold_norms: first fold the weights of the norms in front of the FFNs into what they feed: no output changes, but
+            the weights and inputs that methods see do.
         drift: share, 0 to 1, of the residual stream's drift from the dense model that each refit also tries to repair;
             at 0 a compressed FFN only imitates its dense one on the inputs that it gets.
         seed: of everything random.
@@ -120,6 +122,7 @@ class Recipe(_Block):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     propagate: bool = True
+    fold_norms: bool = False
     drift: float = Field(0.0, ge=0, le=1)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -180,6 +183,7 @@ def load_recipe(
     sparsity: float | None = None,
     calibration: dict[str, Any] | None = None,
     seed: int | None = None,
+    fold_norms: bool | None = None,
 ) -> Recipe:
     """A recipe from a method's name, a preset's name, a YAML file or plain values, with the caller's values on top.
 
@@ -190,6 +194,7 @@ def load_recipe(
         sparsity: budget, share of activations or tokens left out at run time; replaces the recipe's.
         calibration: fields of :class:`Calibration` that replace the recipe's.
         seed: replaces the recipe's.
+        fold_norms: replaces the recipe's.
 
     Raises:
         RecipeError: unknown name, key or value; or a budget that the method does not take.
@@ -212,8 +217,7 @@ def load_recipe(
         if not isinstance(stated, dict):
             raise RecipeError(f"recipe: calibration must be a mapping such as {{source: builtin}}, not {stated!r}")
         values["calibration"] = {**stated, **calibration}
-    if seed is not None:
-        values["seed"] = seed
+    values |= {name: value for name, value in (("seed", seed), ("fold_norms", fold_norms)) if value is not None}
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

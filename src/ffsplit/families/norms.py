@@ -1,0 +1,276 @@
+"""Folding the weight and the bias of a norm into the projections that it feeds; the model computes the same.
+
+``W (n(x) * s + t) + b = (W diag(s)) n(x) + (b + W t)``, where ``n`` is the norm without its parameters. Afterwards the
+inputs of the FFN are plain normalised vectors, and the weights carry all of the scale.
+
+Reference: FlashNorm, arXiv 2407.09577 (RMSNorm); the same for the weight and bias of LayerNorm. LayerNorm's output
+before them has mean zero already, so for the FFN there is nothing to centre.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ffsplit.errors import ModelError
+from ffsplit.families.find import find_ffns
+from ffsplit.families.forward import Inputs, drive
+from ffsplit.families.norm_flow import NormTracer
+from ffsplit.families.projection import get_weight, is_projection
+from ffsplit.families.verify import HALF_TOLERANCE, TOLERANCE
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """What became of the norm in front of one or more FFNs.
+
+    Attributes:
+        norm: module path; empty when no module produces the FFN's input.
+        ffns: names of the FFNs that it feeds.
+        projections: paths of all projections that it feeds, those of attention included.
+        refused: why it was left as it is; None when it was folded.
+    """
+
+    norm: str
+    ffns: tuple[str, ...]
+    projections: tuple[str, ...]
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A module that computes ``n(x) * (weight + offset) + bias``.
+
+    Attributes:
+        weight: name of the parameter.
+        offset: 0, or 1 for the norms of Gemma.
+        bias: name of the parameter, or None.
+    """
+
+    weight: str
+    offset: int
+    bias: str | None
+
+
+class _RefusedError(Exception):
+    """Why one norm cannot be folded. Never escapes this file."""
+
+
+@torch.no_grad()
+def fold_norms(model: PreTrainedModel, inputs: Inputs | None = None) -> tuple[NormFold, ...]:
+    """Fold the weights of the norms in front of FFNs into everything that they feed, in place.
+
+    Nothing but numbers changes: the model still saves and loads as a plain transformers model. In half precision every
+    changed weight is rounded once. A norm that feeds anything else than projections (the residual stream of a
+    post-norm model), or whose bias a projection without one would have to take, is left as it is.
+
+    Args:
+        model: with weights, not compressed.
+        inputs: keyword arguments of its ``forward``; tiny ones are made up when not given.
+
+    Returns:
+        one entry a norm, in execution order, with the reason for each that was left.
+
+    Raises:
+        ModelError: no norm can be folded; or the model gives other outputs afterwards, and has been put back.
+    """
+    sites = find_ffns(model, inputs).sites
+    tracers = list(drive(model, lambda kwargs: NormTracer(model, kwargs), inputs).values())
+    before = _outputs(model, inputs)
+    folds: list[NormFold] = []
+    with _undone_on_error() as changed:
+        for norm, (tracer, ffns) in _producers(tracers, [(site.name, site.up) for site in sites]).items():
+            folds.append(_fold(model, tracer, norm, ffns, changed))
+        if all(fold.refused for fold in folds):
+            reasons = "".join(f"\n  {fold.norm or fold.ffns[0]}: {fold.refused}" for fold in folds)
+            raise ModelError(f"no norm of {type(model).__name__} can be folded into the projections it feeds:{reasons}")
+        _compare(model, before, _outputs(model, inputs))
+    return tuple(folds)
+
+
+def _producers(
+    tracers: Sequence[NormTracer], ups: Sequence[tuple[str, str]]
+) -> dict[str, tuple[NormTracer, tuple[str, ...]]]:
+    """By the path of the module that feeds them (a made-up one where there is none): names of FFNs, and the run."""
+    found: dict[str, tuple[NormTracer, tuple[str, ...]]] = {}
+    for name, up in ups:
+        tracer = next(tracer for tracer in tracers if up in tracer.given)
+        norm = tracer.producer(up) or f"?{name}"
+        found[norm] = (tracer, (*found[norm][1], name) if norm in found else (name,))
+    return found
+
+
+def _fold(
+    model: nn.Module, tracer: NormTracer, norm: str, ffns: tuple[str, ...], changed: dict[Tensor, Tensor]
+) -> NormFold:
+    """Fold one norm, or say why not. What is overwritten is kept in ``changed``."""
+    gave = tracer.gave.get(norm, set())
+    fed = tuple(path for path, given in tracer.given.items() if given & gave)
+    try:
+        if norm.startswith("?"):
+            raise _RefusedError("no module alone makes its input: it takes the residual stream as it is")
+        module = model.get_submodule(norm)
+        affine = affine_of(module)
+        _check_flow(tracer, norm, fed)
+        _check_unshared(model, [norm, *fed])
+        _absorb(model, module, affine, fed, changed)
+    except _RefusedError as error:
+        return NormFold("" if norm.startswith("?") else norm, ffns, fed, str(error))
+    return NormFold(norm, ffns, fed)
+
+
+def affine_of(module: nn.Module) -> Affine:
+    """Which parameter of a norm scales and which shifts, found by trying.
+
+    Raises:
+        _RefusedError: the module has no parameters, or is no function of this form.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if not any(True for _ in module.parameters()):
+        raise _RefusedError("it has no weights to fold")
+    sizes = {tuple(parameter.shape) for parameter in own.values()}
+    refusal = _RefusedError(f"{type(module).__name__} is not a norm times a weight plus a bias")
+    if len(sizes) != 1 or len(own) != len(list(module.parameters())) or len(next(iter(sizes))) != 1:
+        raise refusal
+    size = next(iter(sizes))[0]
+    probe = deepcopy(module).float().cpu()
+    x = torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+    def run(values: Mapping[str, Tensor | float]) -> Tensor:
+        for name, parameter in probe.named_parameters():
+            value = values.get(name, 0.0)
+            parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
+        result: Tensor = probe.forward(x.unsqueeze(0))[0]  # not the call, which would run the model's hooks
+        return result
+
+    base = run({})
+    moved = {name: run({name: 1.0}) - base for name in own}
+    shifts = [name for name, difference in moved.items() if _close(difference, torch.ones_like(x))]
+    scales = [name for name in own if name not in shifts]
+    if len(scales) != 1 or len(shifts) > 1:
+        raise refusal
+    found = Affine(scales[0], int(not _close(base, torch.zeros_like(x))), shifts[0] if shifts else None)
+    scale, shift = scale_and_shift(module, found)
+    actual = run({name: parameter.float().cpu() for name, parameter in own.items()})
+    expected = moved[found.weight] * scale.float().cpu()
+    if not _close(actual, expected if shift is None else expected + shift.float().cpu()):
+        raise refusal
+    return found
+
+
+def scale_and_shift(module: nn.Module, affine: Affine) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]:
+    """The factor and the summand that a norm applies, float64."""
+    scale = module.get_parameter(affine.weight).detach().double() + affine.offset
+    return scale, None if affine.bias is None else module.get_parameter(affine.bias).detach().double()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def _check_flow(tracer: NormTracer, norm: str, fed: Sequence[str]) -> None:
+    gave = tracer.gave[norm]
+    other = next((tracer.uses[identity] for identity in sorted(gave) if identity in tracer.uses), None)
+    if other is not None:
+        raise _RefusedError(f"its output also goes into {other}, which cannot absorb a weight")
+    if gave & tracer.returned:
+        raise _RefusedError("its output is also returned by the model")
+    for path in fed:
+        if not tracer.given[path] <= gave:
+            raise _RefusedError(f"{path} is also used on other inputs")
+
+
+def _check_unshared(model: nn.Module, paths: Sequence[str]) -> None:
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for path in paths:
+        for name, parameter in model.get_submodule(path).named_parameters(recurse=False):
+            if owners[id(parameter)] > 1:
+                raise _RefusedError(f"{path}.{name} is shared with another module")
+
+
+def _absorb(
+    model: nn.Module, norm: nn.Module, affine: Affine, fed: Sequence[str], changed: dict[Tensor, Tensor]
+) -> None:
+    scale, shift = scale_and_shift(norm, affine)
+    pairs = [(path, *get_weight(model.get_submodule(path))) for path in fed]
+    if shift is not None and bool(shift.any()):
+        lacking = next((path for path, _, bias in pairs if bias is None), None)
+        if lacking is not None:
+            raise _RefusedError(f"it has a bias, and {lacking} has none to take it")
+
+    def overwrite(tensor: Tensor, value: Tensor | float) -> None:
+        changed[tensor] = tensor.clone()
+        tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
+
+    for _, weight, bias in pairs:
+        wide = weight.double()
+        if shift is not None and bias is not None:
+            overwrite(bias, bias.double() + wide @ shift.to(wide.device))
+        overwrite(weight, wide * scale.to(wide.device))
+    overwrite(norm.get_parameter(affine.weight).detach(), 1.0 - affine.offset)
+    if affine.bias is not None:
+        overwrite(norm.get_parameter(affine.bias).detach(), 0.0)
+
+
+@contextmanager
+def _undone_on_error() -> Iterator[dict[Tensor, Tensor]]:
+    """Tensors by what they held; it is put back when something goes wrong."""
+    changed: dict[Tensor, Tensor] = {}
+    try:
+        yield changed
+    except BaseException:
+        for tensor, old in changed.items():
+            tensor.copy_(old)
+        raise
+
+
+class _OutputRecorder:
+    """What the models and the projections returned last: their floating-point tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+        self.outputs: dict[str, list[Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        for path, module in self._model.named_modules():
+            if isinstance(module, PreTrainedModel) or is_projection(module):
+
+                def keep(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
+                    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+                    self.outputs[path] = [leaf.float().clone() for leaf in leaves if leaf.is_floating_point()]
+
+                self._handles.append(module.register_forward_hook(keep))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _outputs(model: PreTrainedModel, inputs: Inputs | None) -> dict[str, list[Tensor]]:
+    recorders = drive(model, lambda _kwargs: _OutputRecorder(model), inputs).values()
+    return {path: tensors for recorder in recorders for path, tensors in recorder.outputs.items()}
+
+
+def _compare(model: PreTrainedModel, before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> None:
+    allowed = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+    for path, tensors in before.items():
+        for old, new in zip(tensors, after[path], strict=True):
+            error = float((new - old).norm() / old.norm().clamp_min(torch.finfo(torch.float32).tiny))
+            if not error <= allowed:  # NaN must not pass
+                raise ModelError(
+                    f"{path or type(model).__name__}: folding its norms changes what it returns by {error:.3g} "
+                    f"(relative, allowed {allowed:.3g}), so they were left as they were"
+                )
