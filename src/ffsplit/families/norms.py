@@ -10,20 +10,19 @@ before them has mean zero already, so for the FFN there is nothing to centre.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ffsplit.errors import ModelError
+from ffsplit.families.affine import Affine, RefusedError, affine_of, scale_and_shift
 from ffsplit.families.find import find_ffns
 from ffsplit.families.forward import Inputs, drive
 from ffsplit.families.norm_flow import NormTracer
@@ -46,25 +45,6 @@ class NormFold:
     ffns: tuple[str, ...]
     projections: tuple[str, ...]
     refused: str | None = None
-
-
-@dataclass(frozen=True)
-class Affine:
-    """A module that computes ``n(x) * (weight + offset) + bias``.
-
-    Attributes:
-        weight: name of the parameter.
-        offset: 0, or 1 for the norms of Gemma.
-        bias: name of the parameter, or None.
-    """
-
-    weight: str
-    offset: int
-    bias: str | None
-
-
-class _RefusedError(Exception):
-    """Why one norm cannot be folded. Never escapes this file."""
 
 
 @torch.no_grad()
@@ -119,76 +99,27 @@ def _fold(
     fed = tuple(path for path, given in tracer.given.items() if given & gave)
     try:
         if norm.startswith("?"):
-            raise _RefusedError("no module alone makes its input: it takes the residual stream as it is")
+            raise RefusedError("no module alone makes its input: it takes the residual stream as it is")
         module = model.get_submodule(norm)
         affine = affine_of(module)
         _check_flow(tracer, norm, fed)
         _check_unshared(model, [norm, *fed])
         _absorb(model, module, affine, fed, changed)
-    except _RefusedError as error:
+    except RefusedError as error:
         return NormFold("" if norm.startswith("?") else norm, ffns, fed, str(error))
     return NormFold(norm, ffns, fed)
-
-
-def affine_of(module: nn.Module) -> Affine:
-    """Which parameter of a norm scales and which shifts, found by trying.
-
-    Raises:
-        _RefusedError: the module has no parameters, or is no function of this form.
-    """
-    own = dict(module.named_parameters(recurse=False))
-    if not any(True for _ in module.parameters()):
-        raise _RefusedError("it has no weights to fold")
-    sizes = {tuple(parameter.shape) for parameter in own.values()}
-    refusal = _RefusedError(f"{type(module).__name__} is not a norm times a weight plus a bias")
-    if len(sizes) != 1 or len(own) != len(list(module.parameters())) or len(next(iter(sizes))) != 1:
-        raise refusal
-    size = next(iter(sizes))[0]
-    probe = deepcopy(module).float().cpu()
-    x = torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * 3 + 1
-
-    def run(values: Mapping[str, Tensor | float]) -> Tensor:
-        for name, parameter in probe.named_parameters():
-            value = values.get(name, 0.0)
-            parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
-        result: Tensor = probe.forward(x.unsqueeze(0))[0]  # not the call, which would run the model's hooks
-        return result
-
-    base = run({})
-    moved = {name: run({name: 1.0}) - base for name in own}
-    shifts = [name for name, difference in moved.items() if _close(difference, torch.ones_like(x))]
-    scales = [name for name in own if name not in shifts]
-    if len(scales) != 1 or len(shifts) > 1:
-        raise refusal
-    found = Affine(scales[0], int(not _close(base, torch.zeros_like(x))), shifts[0] if shifts else None)
-    scale, shift = scale_and_shift(module, found)
-    actual = run({name: parameter.float().cpu() for name, parameter in own.items()})
-    expected = moved[found.weight] * scale.float().cpu()
-    if not _close(actual, expected if shift is None else expected + shift.float().cpu()):
-        raise refusal
-    return found
-
-
-def scale_and_shift(module: nn.Module, affine: Affine) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]:
-    """The factor and the summand that a norm applies, float64."""
-    scale = module.get_parameter(affine.weight).detach().double() + affine.offset
-    return scale, None if affine.bias is None else module.get_parameter(affine.bias).detach().double()
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def _check_flow(tracer: NormTracer, norm: str, fed: Sequence[str]) -> None:
     gave = tracer.gave[norm]
     other = next((tracer.uses[identity] for identity in sorted(gave) if identity in tracer.uses), None)
     if other is not None:
-        raise _RefusedError(f"its output also goes into {other}, which cannot absorb a weight")
+        raise RefusedError(f"its output also goes into {other}, which cannot absorb a weight")
     if gave & tracer.returned:
-        raise _RefusedError("its output is also returned by the model")
+        raise RefusedError("its output is also returned by the model")
     for path in fed:
         if not tracer.given[path] <= gave:
-            raise _RefusedError(f"{path} is also used on other inputs")
+            raise RefusedError(f"{path} is also used on other inputs")
 
 
 def _check_unshared(model: nn.Module, paths: Sequence[str]) -> None:
@@ -196,7 +127,7 @@ def _check_unshared(model: nn.Module, paths: Sequence[str]) -> None:
     for path in paths:
         for name, parameter in model.get_submodule(path).named_parameters(recurse=False):
             if owners[id(parameter)] > 1:
-                raise _RefusedError(f"{path}.{name} is shared with another module")
+                raise RefusedError(f"{path}.{name} is shared with another module")
 
 
 def _absorb(
@@ -207,7 +138,7 @@ def _absorb(
     if shift is not None and bool(shift.any()):
         lacking = next((path for path, _, bias in pairs if bias is None), None)
         if lacking is not None:
-            raise _RefusedError(f"it has a bias, and {lacking} has none to take it")
+            raise RefusedError(f"it has a bias, and {lacking} has none to take it")
 
     def overwrite(tensor: Tensor, value: Tensor | float) -> None:
         changed[tensor] = tensor.clone()
