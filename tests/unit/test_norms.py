@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import ffsplit
 from ffsplit.errors import ModelError
 from ffsplit.families import norms
 from ffsplit.families.norms import fold_norms
+from ffsplit.pipeline.decide import _store
+from ffsplit.pipeline.journal import Journal
 from tests.conformance.test_methods import ids, logits
 from tests.tiny import tiny
 from tests.unit.cli_fixtures import Call
@@ -238,3 +241,12 @@ def test_a_resumed_run_folds_again(tmp_path: Path) -> None:
     (tmp_path / "journal" / "ffn-0001.safetensors").unlink()
     again = ffsplit.compress(copy.deepcopy(scaled("llama").float()), **options)
     assert torch.equal(logits(first.model), logits(again.model))
+
+
+def test_measurements_of_a_folded_model_are_kept_apart(tmp_path: Path) -> None:
+    def folder(fold: bool) -> Path:
+        identity = {"model": "m", "data": "d", "dtype": "torch.float32"}
+        job: Any = SimpleNamespace(identity=lambda: identity, recipe=SimpleNamespace(fold_norms=fold))
+        return _store(job, Journal(tmp_path / "journal", {}), tmp_path / "measured")
+
+    assert folder(False) == folder(False) != folder(True)

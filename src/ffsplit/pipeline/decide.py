@@ -55,7 +55,10 @@ def _store(job: Job, log: Journal, measured: str | Path | None) -> Path:
     if measured is None:
         return log.folder("measured")
     identity = job.identity()
-    folder = Path(measured) / fingerprint({name: identity[name] for name in ("model", "data", "dtype")})[:16]
+    parts = {name: identity[name] for name in ("model", "data", "dtype")}
+    if job.recipe.fold_norms:
+        parts["fold_norms"] = True  # the model's hash is that of the model as it came, and folding changes damages
+    folder = Path(measured) / fingerprint(parts)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
