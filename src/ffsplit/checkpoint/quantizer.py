@@ -19,7 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ffsplit.checkpoint.stored import refuse_other_tensors, stored_shapes
 from ffsplit.errors import CheckpointError, FFSplitError, ModelError
 from ffsplit.families.site import FFNSite
+from ffsplit.families.spelling import has_module, renamings
 from ffsplit.families.surgery import activation, replace
+from ffsplit.families.ties import link_ties
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
 
@@ -79,6 +81,7 @@ class FFSplitQuantizer(HfQuantizer):  # type: ignore[misc]
         sites = [localize(model, site) for site, _ in entries]
         for here, (_, spec) in zip(sites, entries, strict=True):
             _put_empty(model, here, spec, dtype)
+        _link(model)
         files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         if files:
             refuse_other_tensors(model, sites, stored_shapes(files))
@@ -103,28 +106,23 @@ def _put_empty(model: PreTrainedModel, site: FFNSite, spec: SumSpec, dtype: torc
         raise CheckpointError(f"config.json: quantization_config does not fit the model: {error}") from error
 
 
+def _link(model: PreTrainedModel) -> None:
+    try:
+        link_ties(model)
+    except ModelError as error:
+        raise CheckpointError(f"config.json: quantization_config does not fit the model: {error}") from error
+
+
 def localize(model: PreTrainedModel, site: FFNSite) -> FFNSite:
     """A site's paths in a model with or without the head that it was stored with.
 
     Raises:
         CheckpointError: the model has no such module.
     """
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (
-        site,
-        site.renamed(lambda path: path.removeprefix(prefix)),
-        site.renamed(lambda path: prefix + path),
-    ):
-        if _has(model, candidate.down):
+    for rename in renamings(model):
+        candidate = site.renamed(rename)
+        if has_module(model, candidate.down):
             return candidate
     raise CheckpointError(
         f"{type(model).__name__} has no module {site.down!r}: the checkpoint is of another architecture"
     )
-
-
-def _has(model: PreTrainedModel, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ffsplit.errors import CheckpointError
 from ffsplit.families.site import FFNSite
+from ffsplit.families.spelling import spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,22 +57,16 @@ def refuse_other_tensors(model: PreTrainedModel, sites: Sequence[FFNSite], store
                 f"{site.name}: config.json and the stored tensors do not fit together: {wrong[0]!r} should be "
                 f"{promised}, the files have {there}"
             )
-    known = {f"{path}.weight" for site in sites for path in _spellings(model, site.down)}
+    known = {f"{path}.weight" for site in sites for path in spellings(model, site.down)}
     if others := sorted(name for name, shape in stored.items() if _is_tripwire(name, shape) and name not in known):
         raise CheckpointError(f"{others[0]} belongs to a compressed FFN that config.json does not list")
 
 
 def _inside(model: PreTrainedModel, site: FFNSite, stored: Shapes) -> Shapes:
-    for path in _spellings(model, site.name):
+    for path in spellings(model, site.name):
         if inside := {n.removeprefix(f"{path}."): shape for n, shape in stored.items() if n.startswith(f"{path}.")}:
             return inside
     return {}
-
-
-def _spellings(model: PreTrainedModel, path: str) -> tuple[str, str, str]:
-    """A path as it is, and as a model without and with a head spells it."""
-    prefix = f"{model.base_model_prefix}."
-    return path, path.removeprefix(prefix), prefix + path
 
 
 def _is_tripwire(name: str, shape: tuple[int, ...]) -> bool:

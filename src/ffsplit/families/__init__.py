@@ -4,6 +4,7 @@ from ffsplit.families.blocks import Block, blocks_of
 from ffsplit.families.find import Coverage, FFNs, find_ffns
 from ffsplit.families.site import FFNSite
 from ffsplit.families.surgery import activation, originals, read, replace, restore, write
+from ffsplit.families.ties import link_ties
 from ffsplit.families.tripwire import Tripwire
 from ffsplit.families.verify import check_dtypes, check_finite, verify
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_dtypes",
     "check_finite",
     "find_ffns",
+    "link_ties",
     "originals",
     "read",
     "replace",

@@ -104,6 +104,7 @@ class Method:
         example: settings that a configuration needs besides a budget, with some sensible value.
         structure: the structure it will produce for an FFN of a given shape, before any data is seen.
         fit: the compressed FFN, with exactly that structure.
+        alone: whether a recipe may name it; False for a step that only a planner's decision consists of.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Method:
     structure: Callable[[FFNShape, Any], SumSpec]
     fit: Callable[[LayerData, Any], SumFFN]
     example: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = True
 
     def plan(self, shape: FFNShape, config: MethodConfig) -> SumSpec:
         """The structure that :meth:`apply` will produce for an FFN of this shape. Needs no data.
@@ -148,13 +150,15 @@ def method(
     structure: Callable[[FFNShape, Any], SumSpec],
     status: Status = "stable",
     example: Mapping[str, Any] | None = None,
+    alone: bool = True,
 ) -> Callable[[Callable[[LayerData, Any], SumFFN]], Callable[[LayerData, Any], SumFFN]]:
     """Register the decorated function ``(data, config) -> SumFFN`` as a method."""
 
     def register(fit: Callable[[LayerData, Any], SumFFN]) -> Callable[[LayerData, Any], SumFFN]:
         if name in _METHODS:
             raise ValueError(f"method {name} is registered twice")
-        _METHODS[name] = Method(name, summary, paper, budget, as_sum, status, config, structure, fit, example or {})
+        extra = example or {}
+        _METHODS[name] = Method(name, summary, paper, budget, as_sum, status, config, structure, fit, extra, alone)
         return fit
 
     return register
@@ -169,7 +173,12 @@ def _import_methods() -> None:
 
 
 def methods() -> dict[str, Method]:
-    """Every method by name, sorted."""
+    """Every method that a recipe may name, by name, sorted."""
+    return {name: found for name, found in all_methods().items() if found.alone}
+
+
+def all_methods() -> dict[str, Method]:
+    """Those of :func:`methods`, and the steps that planners decide on."""
     _import_methods()
     return dict(sorted(_METHODS.items()))
 
@@ -217,12 +226,12 @@ def configure(values: dict[str, Any], known: Mapping[str, Entry]) -> MethodConfi
 
 def get_method(name: str) -> Method:
     """A method by name. Raises RecipeError that lists the known ones."""
-    return lookup(name, methods())
+    return lookup(name, all_methods())
 
 
 def method_config(values: dict[str, Any]) -> MethodConfig:
-    """The validated configuration of a method; see :func:`configure`."""
-    return configure(values, methods())
+    """The validated configuration of a method, of a planner's step too; see :func:`configure`."""
+    return configure(values, all_methods())
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:

@@ -14,9 +14,10 @@ from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
 from ffsplit.ffn.projections.masked import Masked, MaskedSpec
 from ffsplit.ffn.projections.n_m import NM, NMSpec
 from ffsplit.ffn.projections.packed import Packed, PackedSpec
+from ffsplit.ffn.projections.tied import Tied, TiedSpec
 
 ProjectionSpec = Annotated[
-    DenseSpec | Int8DynamicSpec | LowRankSpec | MaskedSpec | NMSpec | PackedSpec, Field(discriminator="kind")
+    DenseSpec | Int8DynamicSpec | LowRankSpec | MaskedSpec | NMSpec | PackedSpec | TiedSpec, Field(discriminator="kind")
 ]
 """Any storage, told apart by its ``kind``."""
 
@@ -27,6 +28,7 @@ STORAGES: dict[type[StorageSpec], type[Projection]] = {
     MaskedSpec: Masked,
     NMSpec: NM,
     PackedSpec: Packed,
+    TiedSpec: Tied,
 }
 
 
@@ -52,5 +54,7 @@ __all__ = [
     "Projection",
     "ProjectionSpec",
     "StorageSpec",
+    "Tied",
+    "TiedSpec",
     "empty_projection",
 ]
