@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from ffsplit.calibrate.cache import Activations
 from ffsplit.calibrate.statistics import FFNStatistics, collect
 from ffsplit.errors import DataError
+from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.ops.gram import add_gram
 
@@ -51,6 +52,9 @@ class LayerData:
         corrections: what to add to the dense FFN's outputs on each chunk of ``inputs`` to get the targets of a refit
             (see :mod:`ffsplit.calibrate.drift`); None means nothing.
         memo: results that several methods tried on this layer share, by name.
+        others: the FFNs that come later and are still dense, by their place in the execution order, for a method that
+            works across layers; read when asked for.
+        fitted: the sums that earlier FFNs have become, likewise; copies in float32.
     """
 
     ffn: FFNWeights
@@ -59,6 +63,8 @@ class LayerData:
     seed: int = 0
     corrections: Activations | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    others: Mapping[int, FFNWeights] = field(default_factory=dict)
+    fitted: Mapping[int, SumFFN] = field(default_factory=dict)
     _device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,10 +15,11 @@ from ffsplit.calibrate.drift import DriftMeter
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import ModelError
-from ffsplit.families import FFNSite, read, replace
+from ffsplit.families import FFNSite, link_ties, read, replace
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
+from ffsplit.pipeline.across import layer_data
 from ffsplit.pipeline.job import Job
 from ffsplit.pipeline.journal import Journal
 
@@ -79,6 +80,7 @@ def _run_block(
                 log.store(index, module, notes)
         job.notes.append(notes)
         replace(job.model, site, module.to(_weight_device(job.model, site)))
+        link_ties(job.model)
     for store in (*inputs.values(), *([corrections] if corrections is not None else [])):
         store.drop()
     if job.recipe.propagate:
@@ -92,9 +94,7 @@ def _fit(
     config = job.configs[index]
     assert config is not None
     started = time.perf_counter()
-    dense = read(job.model, site).map(lambda tensor: tensor.to(device=job.device, dtype=torch.float32))
-    dense.act.to(job.device)
-    data = LayerData(dense, inputs, site.name, job.recipe.seed + index, corrections)
+    data = layer_data(job, index, inputs, corrections)
     if config.needs_data and inputs.tokens == 0:
         raise ModelError(f"{site.name}: the calibration text never reached this FFN")
     with torch.no_grad():

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.families.site import FFNSite
+from ffsplit.ffn.projections import TiedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
@@ -56,7 +57,7 @@ def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Seq
     """Decide the structure of every FFN.
 
     Raises:
-        RecipeError: no FFN would change.
+        RecipeError: no FFN would change, or one is tied to another that does not store such weights.
         BudgetError: a budget is out of reach for some layer; the message names it and the smallest reachable.
     """
     if not any(configs):
@@ -71,4 +72,26 @@ def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Seq
             except BudgetError as error:
                 raise BudgetError(f"{site.name}: {error}") from error
         planned.append(PlannedFFN(site=site.to_dict(), shape=vars(shape), method=config, spec=spec))
+    _check_ties(planned)
     return Plan(ffns=tuple(planned))
+
+
+def _check_ties(planned: Sequence[PlannedFFN]) -> None:
+    """Owners come before what is tied to them, and store what is tied: an override may have changed that."""
+    earlier: dict[str, SumSpec] = {}
+    for ffn in planned:
+        for tied in ffn.spec.projections:
+            if isinstance(tied, TiedSpec) and not (tied.owner in earlier and _stores(earlier[tied.owner], tied)):
+                raise RecipeError(
+                    f"{ffn.name} is tied to {tied.owner}, which is not to store such weights; leave both or none of "
+                    "them to the planner"
+                )
+        if ffn.method is not None:
+            earlier[ffn.name] = ffn.spec
+
+
+def _stores(owner: SumSpec, tied: TiedSpec) -> bool:
+    if tied.branch >= len(owner.branches):
+        return False
+    found = getattr(owner.branches[tied.branch], tied.projection)
+    return found is not None and not isinstance(found, TiedSpec) and found.shape == tied.shape

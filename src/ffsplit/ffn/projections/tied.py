@@ -29,9 +29,9 @@ class TiedSpec(StorageSpec):
 
     kind: Literal["tied"] = "tied"
     owner: str = Field(min_length=1)
-    branch: int = Field(0, ge=0)
+    branch: int = Field(default=0, ge=0)
     projection: Place
-    rank: int = Field(0, ge=0)
+    rank: int = Field(default=0, ge=0)
 
     @property
     def parameters(self) -> int:
