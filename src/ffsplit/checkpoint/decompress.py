@@ -77,6 +77,8 @@ def _full_width(model: PreTrainedModel, skeleton: PreTrainedModel, site: FFNSite
 
 def _no_neurons(module: SumFFN, skeleton: PreTrainedModel, site: FFNSite, dtype: torch.dtype) -> FFNWeights:
     """A dropped FFN."""
+    if module.skip is not None:
+        raise ModelError(f"{site.name}: an FFN that works for some tokens only cannot be written as dense weights")
     if module.linear is not None:
         raise ModelError(f"{site.name}: a linear map cannot be written as dense up/gate/down weights")
     up = torch.zeros(0, site.d_model, dtype=dtype)

@@ -13,6 +13,7 @@ from pydantic import PositiveInt, model_validator
 from ffsplit.ffn.projections import ProjectionSpec, StorageSpec
 from ffsplit.ffn.projections.base import Spec
 from ffsplit.ffn.selectors import SelectorSpec
+from ffsplit.ffn.skips import SkipSpec
 
 
 class BranchSpec(Spec):
@@ -86,15 +87,26 @@ class BranchSpec(Spec):
 
 
 class SumSpec(Spec):
-    """A sum of branches, an optional linear map and an optional bias: ``sum_b branch_b(x) + linear(x) + bias``."""
+    """A sum of branches, an optional linear map and an optional bias: ``sum_b branch_b(x) + linear(x) + bias``.
+
+    Attributes:
+        d_model: inputs and outputs.
+        branches: heavy first.
+        linear: a map of the input beside them.
+        bias: whether there is one.
+        skip: which tokens do without all of it; None: no token does.
+    """
 
     d_model: PositiveInt
     branches: tuple[BranchSpec, ...] = ()
     linear: ProjectionSpec | None = None
     bias: bool = False
+    skip: SkipSpec | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> SumSpec:
+        if self.skip is not None and self.skip.d_model != self.d_model:
+            raise ValueError(f"skip has d_model {self.skip.d_model}, the sum {self.d_model}")
         for branch in self.branches:
             if branch.up.shape[1] != self.d_model:
                 raise ValueError(f"a branch takes {branch.up.shape[1]} inputs and d_model is {self.d_model}")
@@ -115,6 +127,7 @@ class SumSpec(Spec):
             and self.branches[0].act == "model"
             and all(projection.kind == "dense" for projection in self.projections)
             and self.linear is None
+            and self.skip is None
         )
 
     @property
@@ -134,27 +147,34 @@ class SumSpec(Spec):
     @property
     def parameters(self) -> int:
         """Stored numbers, biases included; a packed code counts as one."""
-        return sum(p.parameters for p in self.projections) + self.bias_parameters + self._selector_parameters
+        return sum(p.parameters for p in self.projections) + self.bias_parameters + self._run_time_parameters
 
     @property
-    def _selector_parameters(self) -> int:
-        return sum(branch.selector_parameters for branch in self.branches)
+    def _run_time_parameters(self) -> int:
+        """Of what decides at run time which work is done."""
+        return sum(branch.selector_parameters for branch in self.branches) + (self.skip.parameters if self.skip else 0)
 
     @property
     def macs(self) -> float:
         """Multiply-accumulates of an average token."""
-        return sum(branch.macs for branch in self.branches) + (0 if self.linear is None else self.linear.macs)
+        macs = sum(branch.macs for branch in self.branches) + (0 if self.linear is None else self.linear.macs)
+        return macs if self.skip is None else self.skip.macs(macs)
 
     def stored_bits(self, float_bits: int = 16) -> int:
         """Stored bits, scales, zeros and biases included, when floating-point numbers take ``float_bits`` each."""
-        numbers = self.bias_parameters + self._selector_parameters
+        numbers = self.bias_parameters + self._run_time_parameters
         return sum(p.stored_bits(float_bits) for p in self.projections) + numbers * float_bits
 
     def terms(self) -> tuple[str, ...]:
         """Each term of the sum in a few words, heavy neurons first; empty for a dropped FFN."""
+        skip = () if self.skip is None else (self.skip.describe(),)
+        return (*self._summands(), *skip)
+
+    def _summands(self) -> tuple[str, ...]:
         linear = () if self.linear is None else (f"linear map, {self.linear.describe()}",)
         return (*(branch.describe() for branch in self.branches), *linear)
 
     def describe(self) -> str:
         """The sum in words."""
-        return " + ".join(self.terms()) or ("constant" if self.bias else "dropped")
+        total = " + ".join(self._summands()) or ("constant" if self.bias else "dropped")
+        return total if self.skip is None else f"{total}, {self.skip.describe()}"

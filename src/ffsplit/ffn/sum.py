@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ffsplit.errors import ModelError
 from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
+from ffsplit.ffn.skips import Skip
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.weights import FFNWeights
 
@@ -87,7 +88,8 @@ class Branch(nn.Module):
 class SumFFN(nn.Module):
     """``sum_b branch_b(x) + linear(x) + bias``: what every method of this package produces.
 
-    The branches are stored heavy first. An empty sum is a dropped FFN: it returns zeros (plus the bias, if any).
+    The branches are stored heavy first. An empty sum is a dropped FFN: it returns zeros (plus the bias, if any). With
+    ``skip`` some tokens do without all of it.
     """
 
     bias: nn.Parameter | None
@@ -98,11 +100,13 @@ class SumFFN(nn.Module):
         branches: Sequence[Branch] = (),
         linear: Projection | None = None,
         bias: Float[Tensor, " d_model"] | None = None,
+        skip: Skip | None = None,
     ) -> None:
         super().__init__()
         self.d_model = d_model
         self.branches = nn.ModuleList(branches)
         self.linear = linear
+        self.skip = skip
         self.register_parameter("bias", _parameter(bias))
 
     @property
@@ -112,6 +116,7 @@ class SumFFN(nn.Module):
             branches=tuple(branch.spec for branch in self._branches()),
             linear=None if self.linear is None else self.linear.spec,
             bias=self.bias is not None,
+            skip=None if self.skip is None else self.skip.spec,
         )
 
     def _branches(self) -> list[Branch]:
@@ -138,9 +143,13 @@ class SumFFN(nn.Module):
             for branch in spec.branches
         ]
         linear = None if spec.linear is None else empty_projection(spec.linear, dtype, device)
-        return cls(spec.d_model, branches, linear, vector(spec.d_model, spec.bias))
+        skip = None if spec.skip is None else Skip.empty(spec.skip, dtype, device)
+        return cls(spec.d_model, branches, linear, vector(spec.d_model, spec.bias), skip)
 
     def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        return self._sum(x) if self.skip is None else self.skip(x, self._sum)  # type: ignore[no-any-return]
+
+    def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         total: Tensor | None = None
         for branch in self.branches:
             out = branch(x)
@@ -160,12 +169,12 @@ class SumFFN(nn.Module):
             dtype: of all tensors; None leaves each as it is stored (packed codes become float32).
 
         Raises:
-            ModelError: the sum has a linear map or no branch at all, a branch that works for some tokens only or
+            ModelError: the sum has a linear map or no branch at all, works for some tokens only, a branch does so or
                 has no activation, inputs that are rounded at run time, or branches with and without a gate, which no
                 dense FFN of this shape expresses.
         """
         branches = self._branches()
-        if any(branch.selector is not None for branch in branches):
+        if self.skip is not None or any(branch.selector is not None for branch in branches):
             raise ModelError("an FFN whose neurons work for some tokens only cannot be written as dense weights")
         if self.spec.rounds_inputs:
             raise ModelError("an FFN that rounds its inputs at run time cannot be written as dense weights")
