@@ -118,5 +118,5 @@ def test_a_router_takes_empty_batches_and_reloads() -> None:
     other = Router.empty(spec, torch.float32, torch.device("cpu"))
     other.load_state_dict(router.state_dict())
     x = torch.tensor([[1.0, 0.4], [1.0, 0.6]])
-    assert other.activations(torch.ones(2, 5), x).tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
-    assert other.activations(torch.ones(0, 5), x[:0]).shape == (0, 5)
+    assert other.activations(torch.ones(2, 5), x, nn.ReLU()).tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+    assert other.activations(torch.ones(0, 5), x[:0], nn.ReLU()).shape == (0, 5)

@@ -157,5 +157,8 @@ def test_a_selector_survives_reloading_and_empty_batches() -> None:
     empty = Threshold.empty(selector.spec, torch.float32, torch.device("cpu"))
     empty.load_state_dict(selector.state_dict())
     a = torch.tensor([[0.6, -1.0, 9.0], [-0.5, -1.1, 0.0]])
-    assert empty.activations(a, a).tolist() == [[pytest.approx(0.6), 0.0, 0.0], [0.0, pytest.approx(-1.1), 0.0]]
-    assert empty.activations(a[:0], a[:0]).shape == (0, 3)
+    assert empty.activations(a, a, nn.SiLU()).tolist() == [
+        [pytest.approx(0.6), 0.0, 0.0],
+        [0.0, pytest.approx(-1.1), 0.0],
+    ]
+    assert empty.activations(a[:0], a[:0], nn.SiLU()).shape == (0, 3)

@@ -78,7 +78,7 @@ class Branch(nn.Module):
         """Hidden activations from the activation's outputs, as far as the selector lets them through."""
         if self.selector is None:
             return a if up is None else a * up
-        a = self.selector.activations(a, x)
+        a = self.selector.activations(a, x, self.act)
         return self.selector.hidden(a if up is None else a * up)
 
     def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:

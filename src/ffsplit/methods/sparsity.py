@@ -19,7 +19,7 @@ from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.methods.assemble import Part, fit_parts
 from ffsplit.methods.budgets import dense_branch_spec, heavy_count, sum_spec
-from ffsplit.methods.neurons import neuron_order
+from ffsplit.methods.neurons import neuron_scores
 from ffsplit.methods.registry import SparsityConfig
 from ffsplit.ops import quantiles
 from ffsplit.ops.quantiles import Histogram
@@ -84,14 +84,28 @@ def masked_structure(shape: FFNShape, sparsity: float, heavy: float, selector: S
 
 
 def fit_masked(
-    data: LayerData, config: HeavyConfig, spec: SumSpec, calibrate: Calibrate, arrange: Arrange | None = None
+    data: LayerData,
+    config: RefitConfig,
+    spec: SumSpec,
+    calibrate: Calibrate,
+    arrange: Arrange | None = None,
+    score: Float[Tensor, " d_ff"] | None = None,
 ) -> SumFFN:
-    """Heavy neurons by output norm, a calibrated selector for the rest, `down` as it was or refitted."""
+    """Neurons that always work, a calibrated selector for the rest, `down` as it was or refitted.
+
+    Args:
+        data: the dense FFN and its inputs.
+        config: says whether `down` is refitted.
+        spec: what :func:`masked_structure` promised.
+        calibrate: finds the numbers of the selector.
+        arrange: the order of the rest's neurons; None leaves them in that of the FFN.
+        score: the neurons of the highest always work; None means their output norm.
+    """
     always = spec.branches[0].neurons if len(spec.branches) > 1 else 0
+    order = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
     if always:
-        order = neuron_order(data, "output_norm", always)
-    else:
-        order = torch.arange(data.ffn.d_ff, device=data.ffn.up.device)
+        scores = neuron_scores(data, "output_norm") if score is None else score
+        order = scores.argsort(descending=True, stable=True)
     parts = [Part(order[:always], spec.branches[0])] if always else []
     # The rest in its own order: only which neurons are heavy matters.
     rest, branch = order[always:].sort().values, spec.branches[-1]

@@ -9,18 +9,25 @@ from pydantic import Field
 
 from ffsplit.ffn.selectors.base import Selector, SelectorSpecBase
 from ffsplit.ffn.selectors.input_threshold import InputThreshold, InputThresholdSpec
+from ffsplit.ffn.selectors.predictor import Predictor, PredictorSpec
 from ffsplit.ffn.selectors.router import Router, RouterSpec
 from ffsplit.ffn.selectors.threshold import Threshold, ThresholdSpec
 from ffsplit.ffn.selectors.top_inputs import TopInputs, TopInputsSpec
+from ffsplit.ffn.selectors.top_k import TopK, TopKSpec
 
-SelectorSpec = Annotated[InputThresholdSpec | RouterSpec | ThresholdSpec | TopInputsSpec, Field(discriminator="kind")]
+SelectorSpec = Annotated[
+    InputThresholdSpec | PredictorSpec | RouterSpec | ThresholdSpec | TopInputsSpec | TopKSpec,
+    Field(discriminator="kind"),
+]
 """Any selector, told apart by its ``kind``."""
 
 SELECTORS: dict[type[SelectorSpecBase], type[Selector]] = {
     InputThresholdSpec: InputThreshold,
+    PredictorSpec: Predictor,
     RouterSpec: Router,
     ThresholdSpec: Threshold,
     TopInputsSpec: TopInputs,
+    TopKSpec: TopK,
 }
 
 
@@ -33,6 +40,8 @@ __all__ = [
     "SELECTORS",
     "InputThreshold",
     "InputThresholdSpec",
+    "Predictor",
+    "PredictorSpec",
     "Router",
     "RouterSpec",
     "Selector",
@@ -42,5 +51,7 @@ __all__ = [
     "ThresholdSpec",
     "TopInputs",
     "TopInputsSpec",
+    "TopK",
+    "TopKSpec",
     "empty_selector",
 ]

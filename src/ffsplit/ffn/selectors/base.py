@@ -61,9 +61,9 @@ class Selector(nn.Module, ABC):
         return x
 
     def activations(
-        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"]
+        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"], act: nn.Module
     ) -> Float[Tensor, "*tokens neurons"]:
-        """What becomes of ``act(gate)`` (of ``act(up)`` without a gate)."""
+        """What becomes of ``a``, which is ``act(gate)`` (``act(up)`` without a gate), for the inputs ``x``."""
         return a
 
     def hidden(self, h: Float[Tensor, "*tokens neurons"]) -> Float[Tensor, "*tokens neurons"]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffsplit.ffn.selectors.base import Selector, SelectorSpecBase, full_precision_linear, largest
 from ffsplit.ops.clustering import cluster_sizes
@@ -70,7 +70,7 @@ class Router(Selector):
         return cls(spec, weight, torch.empty(spec.experts, dtype=dtype, device=device))
 
     def activations(
-        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"]
+        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"], act: nn.Module
     ) -> Float[Tensor, "*tokens neurons"]:
         chosen = largest(full_precision_linear(x, self.weight, self.bias), self.spec.active)
         larger, sizes = self.spec.neurons % self.spec.experts, cluster_sizes(self.spec.neurons, self.spec.experts)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffsplit.ffn.selectors.base import Selector, SelectorSpecBase
 
@@ -59,6 +59,6 @@ class Threshold(Selector):
         return cls(spec, torch.empty(spec.parameters, dtype=dtype, device=device))
 
     def activations(
-        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"]
+        self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"], act: nn.Module
     ) -> Float[Tensor, "*tokens neurons"]:
         return torch.where(a.abs() > self.threshold, a, torch.zeros_like(a))
