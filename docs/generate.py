@@ -51,7 +51,7 @@ the dense model first and then chooses a method and its settings for each FFN.
 field of the configuration, and a field for that width: an override for some layers, or a family without such a field
 (MPT, DINOv2, Swin), gives a checkpoint in ffsplit's format instead (see [checkpoint.md](checkpoint.md)). A budget that
 leaves everything as it is gives a plain one with every method. "text: by settings": no text is needed for `rounding:
-rtn`, nor for `score: magnitude` or `random` with `refit: false`.
+rtn`, nor with `refit: false` for `score: magnitude` or `random`, for `sweeps: 0` or for `alpha: 0`.
 """
 
 
@@ -166,6 +166,10 @@ def _variants(method: Method | Planner) -> list[dict[str, Any]]:
     switches: list[dict[str, Any]] = [{}]
     if "rounding" in method.config.model_fields:
         switches.append({"rounding": "rtn"})
+    if "sweeps" in method.config.model_fields:
+        switches.append({"sweeps": 0, "refit": False})
+    if "alpha" in method.config.model_fields:
+        switches.append({"alpha": 0})
     score = method.config.model_fields.get("score")
     if score is not None and "magnitude" in get_args(score.annotation):
         switches.append({"score": "magnitude", "refit": False})

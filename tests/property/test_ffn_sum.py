@@ -13,10 +13,22 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
-from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, LowRankSpec, MaskedSpec, NMSpec, PackedSpec, StorageSpec
+from ffsplit.ffn.projections import (
+    BlockDenseSpec,
+    Dense,
+    DenseSpec,
+    LowRank,
+    LowRankSpec,
+    MaskedSpec,
+    MonarchSpec,
+    NMSpec,
+    PackedSpec,
+    StorageSpec,
+)
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.ops.block_factors import whole_blocks
 
 FLAGS = st.booleans()
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -135,7 +147,10 @@ def test_an_empty_sum_keeps_the_dtype(x: torch.dtype) -> None:
 
 def projections(rows: int, columns: int) -> st.SearchStrategy[StorageSpec]:
     shape = (rows, columns)
+    blocks, cells = whole_blocks(columns, 3), whole_blocks(columns, min(rows, 2))
     return st.one_of(
+        st.builds(BlockDenseSpec, shape=st.just(shape), blocks=st.just(blocks), rank=st.sampled_from([0, blocks])),
+        st.builds(MonarchSpec, shape=st.just(shape), blocks=st.just(cells), rank=st.integers(0, 2)),
         st.just(DenseSpec(shape=shape)),
         st.builds(LowRankSpec, shape=st.just(shape), rank=st.integers(0, 5)),
         # As many values as a mask whose bytes are all 1 needs, as the states of these tests have them.

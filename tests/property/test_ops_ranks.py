@@ -138,4 +138,4 @@ def test_equal_weights_are_the_uniform_rank(limit: int, cost: int, extra: int, w
 
 def test_a_budget_below_rank_one_is_refused() -> None:
     with pytest.raises(RecipeError, match="budget=5 is below 6"):
-        weighted_ranks([1, 2, 3], [4, 4, 4], [2, 2, 2], 5)
+        weighted_ranks([1.0, 2.0, 3.0], [4, 4, 4], [2, 2, 2], 5)

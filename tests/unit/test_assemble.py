@@ -16,6 +16,7 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.methods.assemble import Part, Segment, fit_parts, fit_segments
+from ffsplit.methods.blockwise import BlockwiseFit, blockwise_branch_spec
 from ffsplit.methods.budgets import dense_branch_spec, low_rank_branch_spec, packed_branch_spec, sum_spec
 from ffsplit.methods.compressors import SVD, WHITENED, Rounding
 from ffsplit.ops.least_squares import residual_energy
@@ -164,6 +165,8 @@ KINDS = {
     "dense": (lambda shape, n: dense_branch_spec(shape, n), SVD),
     "svd": (lambda shape, n: low_rank_branch_spec(shape, n, 3), SVD),
     "whitened": (lambda shape, n: low_rank_branch_spec(shape, n, 3), WHITENED),
+    "block-dense": (lambda shape, n: blockwise_branch_spec("block-dense", shape, D_FF - n, 2, 950), BlockwiseFit()),
+    "monarch": (lambda shape, n: blockwise_branch_spec("monarch", shape, D_FF - n, 2, 950), BlockwiseFit(sweeps=0)),
     "rtn": (lambda shape, n: packed_branch_spec(shape, n, 3, 8), Rounding("rtn")),
     "gptq": (lambda shape, n: packed_branch_spec(shape, n, 3, 8), Rounding("gptq")),
 }

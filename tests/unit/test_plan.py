@@ -91,7 +91,7 @@ def test_out_of_reach_names_the_layer(method: dict[str, Any], message: str) -> N
 
 
 def test_the_smallest_reachable_budget_is_reachable() -> None:
-    for method in ("prune", "svd", "ffsplit"):
+    for method in ("prune", "svd", "ffsplit", "block-dense", "monarch"):
         with pytest.raises(BudgetError) as refused:
             plan_of("opt", {"method": {"method": method, "keep": 0.001}})
         smallest = float(str(refused.value).split("smallest reachable keep is ")[1].split()[0])
@@ -123,11 +123,10 @@ shapes = st.builds(
 )
 
 
-@given(
-    shape=shapes,
-    keep=st.floats(0.05, 1.0),
-    method=st.sampled_from(["prune", "svd", "whitened-svd", "ffsplit", "sparsify"]),
-)
+KEEP_METHODS = ["prune", "svd", "whitened-svd", "ffsplit", "asvd", "block-dense", "monarch", "sparsify"]
+
+
+@given(shape=shapes, keep=st.floats(0.05, 1.0), method=st.sampled_from(KEEP_METHODS))
 def test_a_keep_budget_is_never_exceeded(shape: FFNShape, keep: float, method: str) -> None:
     try:
         spec = get_method(method).plan(shape, method_config({"method": method, "keep": keep}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.assemble import Part, fit_parts
+from ffsplit.methods.blockwise import BlockStructure, BlockwiseFit, blockwise_branch_spec
 from ffsplit.methods.budgets import (
     FLOAT_BITS,
     average_bits,
@@ -29,9 +30,10 @@ from ffsplit.methods.heavy_map import heavy_and_map
 from ffsplit.methods.neurons import ScoreName, neuron_order
 from ffsplit.methods.registry import MethodConfig, method
 
-Rest = Literal["svd", "whitened", "linear", "rtn", "gptq"]
+Rest = Literal["svd", "whitened", "block-dense", "monarch", "linear", "rtn", "gptq"]
+BLOCKWISE: frozenset[str] = frozenset(get_args(BlockStructure))
 LOW_BIT: frozenset[str] = frozenset({"rtn", "gptq"})
-DEFAULT_HEAVY = {"svd": 0.3, "whitened": 0.35}
+DEFAULT_HEAVY = {"svd": 0.3, "whitened": 0.35, "block-dense": 0.35, "monarch": 0.35}
 
 
 class FFSplitConfig(MethodConfig):
@@ -44,8 +46,10 @@ class FFSplitConfig(MethodConfig):
             rest becomes a linear map, because then the heavy neurons also have to stand in for the others.
         heavy: share (below 1) or number of heavy neurons; None lets the budget decide.
         heavy_bits: 16 (dense), or the bits of the heavy codes; 16 with ``keep``, 8 with ``bits`` unless set.
-        rest: how the rest is compressed: ``svd`` or ``whitened`` (low rank), ``linear`` (the rest becomes one low-rank
-            linear map of the input), ``gptq`` or ``rtn`` (low bit).
+        rest: how the rest is compressed: ``svd`` or ``whitened`` (low rank), ``block-dense`` or ``monarch`` (block
+            diagonal), ``linear`` (the rest becomes one low-rank linear map of the input), ``gptq`` or ``rtn`` (low
+            bit).
+        blocks: of each matrix of a ``block-dense`` or ``monarch`` rest.
         rest_bits: bits of the rest's codes; None takes the widest that fit.
         group: consecutive inputs that share a scale; the heavy count is a multiple of it.
         symmetric: no zero points.
@@ -65,6 +69,7 @@ class FFSplitConfig(MethodConfig):
     heavy: float | None = Field(None, ge=0)
     heavy_bits: int | None = Field(None, ge=2, le=FLOAT_BITS)
     rest: Rest | None = None
+    blocks: int = Field(4, ge=1)
     rest_bits: int | None = Field(None, ge=2, le=8)
     group: int = Field(64, ge=8)
     symmetric: bool = False
@@ -82,8 +87,8 @@ class FFSplitConfig(MethodConfig):
         low_bit = self.compressor in LOW_BIT
         if low_bit != (self.bits is not None):
             raise ValueError(
-                f"rest={self.compressor!r} goes with {'bits' if low_bit else 'keep'}; with keep use svd, whitened or "
-                "linear, with bits use gptq or rtn"
+                f"rest={self.compressor!r} goes with {'bits' if low_bit else 'keep'}; with keep use svd, whitened, "
+                "block-dense, monarch or linear, with bits use gptq or rtn"
             )
         if self.keep is not None and self.heavy_bits not in (None, FLOAT_BITS):
             raise ValueError("heavy_bits below 16 needs the bits budget")
@@ -126,7 +131,10 @@ def structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
     budget = keep_budget(shape, config.keep)
     share = DEFAULT_HEAVY[config.compressor] * config.keep if config.heavy is None else config.heavy
     heavy = heavy_count(shape, share)
-    rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank_for(shape, heavy, budget))
+    if config.compressor == "block-dense" or config.compressor == "monarch":
+        rest = blockwise_branch_spec(config.compressor, shape, heavy, config.blocks, budget)
+    else:
+        rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank_for(shape, heavy, budget))
     return sum_spec(shape, [dense_branch_spec(shape, heavy), rest], bias=shape.down_bias)
 
 
@@ -190,6 +198,8 @@ def ffsplit(data: LayerData, config: FFSplitConfig) -> SumFFN:
 def _algorithm(config: FFSplitConfig) -> Compressor:
     if config.compressor == "rtn" or config.compressor == "gptq":
         return Rounding(config.compressor, config.polish)
+    if config.compressor in BLOCKWISE:
+        return BlockwiseFit(ridge=config.ridge)
     return SVD if config.compressor == "svd" else WHITENED
 
 

@@ -33,7 +33,7 @@ def truncation_spectrum(
 
 
 def allocate_ranks(
-    spectra: Sequence[Float[Tensor, " spectrum"]], costs: Sequence[int], budget: int, floor: float = 0.5
+    spectra: Sequence[Float[Tensor, " _"]], costs: Sequence[int], budget: int, floor: float = 0.5
 ) -> list[int]:
     """Ranks that lose the least in all, within a budget.
 

@@ -8,24 +8,37 @@ import torch
 from pydantic import Field
 
 from ffsplit.ffn.projections.base import Projection, StorageSpec
+from ffsplit.ffn.projections.block_dense import BlockDense, BlockDenseSpec
 from ffsplit.ffn.projections.dense import Dense, DenseSpec
 from ffsplit.ffn.projections.int8_dynamic import Int8Dynamic, Int8DynamicSpec
 from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
 from ffsplit.ffn.projections.masked import Masked, MaskedSpec
+from ffsplit.ffn.projections.monarch import Monarch, MonarchSpec
 from ffsplit.ffn.projections.n_m import NM, NMSpec
 from ffsplit.ffn.projections.packed import Packed, PackedSpec
 from ffsplit.ffn.projections.tied import Tied, TiedSpec
 
 ProjectionSpec = Annotated[
-    DenseSpec | Int8DynamicSpec | LowRankSpec | MaskedSpec | NMSpec | PackedSpec | TiedSpec, Field(discriminator="kind")
+    BlockDenseSpec
+    | DenseSpec
+    | Int8DynamicSpec
+    | LowRankSpec
+    | MaskedSpec
+    | MonarchSpec
+    | NMSpec
+    | PackedSpec
+    | TiedSpec,
+    Field(discriminator="kind"),
 ]
 """Any storage, told apart by its ``kind``."""
 
 STORAGES: dict[type[StorageSpec], type[Projection]] = {
+    BlockDenseSpec: BlockDense,
     DenseSpec: Dense,
     Int8DynamicSpec: Int8Dynamic,
     LowRankSpec: LowRank,
     MaskedSpec: Masked,
+    MonarchSpec: Monarch,
     NMSpec: NM,
     PackedSpec: Packed,
     TiedSpec: Tied,
@@ -40,6 +53,8 @@ def empty_projection(spec: StorageSpec, dtype: torch.dtype, device: torch.device
 __all__ = [
     "NM",
     "STORAGES",
+    "BlockDense",
+    "BlockDenseSpec",
     "Dense",
     "DenseSpec",
     "Int8Dynamic",
@@ -48,6 +63,8 @@ __all__ = [
     "LowRankSpec",
     "Masked",
     "MaskedSpec",
+    "Monarch",
+    "MonarchSpec",
     "NMSpec",
     "Packed",
     "PackedSpec",
