@@ -104,7 +104,7 @@ def test_influence_of_a_block_needs_blocks() -> None:
 
 
 def test_the_lowest_scores_go_until_the_budget_is_met() -> None:
-    scores = [3.0, 1.0, 2.0, 2.0]
+    scores = dict(enumerate([3.0, 1.0, 2.0, 2.0]))
     assert least_important(SHAPES, config(count=1, replacement="nothing"), scores) == [1]
     assert least_important(SHAPES, config(count=3, replacement="nothing"), scores) == [1, 2, 3]
     assert least_important(SHAPES, config(keep=0.6, replacement="nothing"), scores) == [1]  # 2/5 of the parameters

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ffsplit.budget.ledger import Ledger
 from ffsplit.budget.objective import Metric, Objective
 from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.layer import LayerData
@@ -33,8 +34,8 @@ def measure(scene: Scene, candidates: Candidates, objective: Objective, metric: 
     Returns:
         For each FFN the damage of its candidates, in their order; from the scene's store where it is known there.
     """
-    known = [_Known(scene.store, index, metric, objective.batches) for index in range(len(candidates))]
-    found = [[one.get(config) for config in row] for one, row in zip(known, candidates, strict=True)]
+    known = [_ledger(scene.store, index, metric, objective.batches) for index in range(len(candidates))]
+    found = [[one.get(_key(config)) for config in row] for one, row in zip(known, candidates, strict=True)]
     for block, replay in scene.walk(None, "measure", to_the_end=True):
         indices = [scene.index_of(site) for site in block.sites]
         if all(damage is not None for index in indices for damage in found[index]):
@@ -46,7 +47,7 @@ def measure(scene: Scene, candidates: Candidates, objective: Objective, metric: 
                 if found[index][number] is None:
                     damage = _damage(scene, replay, block, site, data, config, objective, metric)
                     found[index][number] = damage
-                    known[index].put(config, damage)
+                    known[index].put(_key(config), damage)
             inputs[site.name].drop()
     return [[damage for damage in row if damage is not None] for row in found]
 
@@ -71,24 +72,9 @@ def _damage(
         restore(scene.model, taken)
 
 
-class _Known:
-    """Measured damages of one FFN, in a file of the scene's store; without a store, nothing is known."""
-
-    def __init__(self, store: Path | None, index: int, metric: Metric, batches: int) -> None:
-        self._file = None if store is None else store / f"{metric}-{batches}-ffn-{index:04d}.json"
-        self._values: dict[str, float] = {}
-        if self._file is not None and self._file.exists():
-            self._values = json.loads(self._file.read_text(encoding="utf-8"))
-
-    def get(self, config: MethodConfig) -> float | None:
-        return self._values.get(_key(config))
-
-    def put(self, config: MethodConfig, damage: float) -> None:
-        self._values[_key(config)] = damage
-        if self._file is not None:
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self._values, indent=1), encoding="utf-8")
-            partial.replace(self._file)
+def _ledger(store: Path | None, index: int, metric: Metric, batches: int) -> Ledger:
+    """The measured damages of one FFN."""
+    return Ledger(None if store is None else store / f"{metric}-{batches}-ffn-{index:04d}.json")
 
 
 def _key(config: MethodConfig) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from ffsplit.budget.registry import Decision, PlannerConfig
+from ffsplit.budget.scene import Scene
 from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.drop import DropConfig, Replacement
@@ -101,7 +102,7 @@ def check_dropping(shapes: Sequence[FFNShape], config: DroppingConfig) -> None:
         )
 
 
-def least_important(shapes: Sequence[FFNShape], config: DroppingConfig, scores: Sequence[float]) -> list[int]:
+def least_important(shapes: Sequence[FFNShape], config: DroppingConfig, scores: Mapping[int, float]) -> list[int]:
     """The FFNs of the lowest scores, one after the other until the budget is met; of equal ones the earlier first."""
     dropped: list[int] = []
     for index in sorted(droppable(shapes, config), key=lambda index: (scores[index], index)):
@@ -114,3 +115,10 @@ def least_important(shapes: Sequence[FFNShape], config: DroppingConfig, scores: 
 def decision(count: int, dropped: Sequence[int], config: DroppingConfig) -> Decision:
     """The dropped FFNs get their replacement, the others stay as they are."""
     return [config.drop if index in dropped else None for index in range(count)]
+
+
+def note(scene: Scene, dropped: Sequence[int], scores: Mapping[int, float]) -> None:
+    """Leave for the report which FFNs go, in the order of the decision, and what was measured of which."""
+    names = [site.name for site in scene.found.sites]
+    scene.notes["dropped"] = [names[index] for index in dropped]
+    scene.notes["scores"] = {names[index]: value for index, value in scores.items()}
