@@ -18,6 +18,8 @@ from ffsplit.ffn.projections import (
     Int8DynamicSpec,
     LowRank,
     LowRankSpec,
+    OutlierColumns,
+    OutlierColumnsSpec,
     Packed,
     PackedSpec,
     Projection,
@@ -27,6 +29,7 @@ from ffsplit.ops.gptq import gptq
 from ffsplit.ops.input_scale import scale_inputs, search_input_scale
 from ffsplit.ops.linalg import ridged
 from ffsplit.ops.lowrank import scaled_factors, svd_factors, whitened_factors
+from ffsplit.ops.outliers import absorbing_columns, other_columns, remaining_gram, weak_columns
 from ffsplit.ops.refine import output_error, refine
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
 
@@ -142,6 +145,8 @@ class Rounding(Compressor):
         self, weights: Sequence[Tensor], spec: StorageSpec, gram: GramOfInputs, dtype: torch.dtype
     ) -> list[Projection]:
         """Rows are rounded independently of each other, so the matrices are solved as one: half the steps."""
+        if isinstance(spec, OutlierColumnsSpec):
+            return self._beside_outliers(weights, spec, gram, dtype)
         assert isinstance(spec, PackedSpec)
         weight = torch.cat(list(weights)).float()
         if spec.input_scale:
@@ -160,6 +165,25 @@ class Rounding(Compressor):
             )
             for start in range(0, len(codes), rows)
         ]
+
+    def _beside_outliers(
+        self, weights: Sequence[Tensor], spec: OutlierColumnsSpec, gram: GramOfInputs, dtype: torch.dtype
+    ) -> list[Projection]:
+        """The weakest columns of all matrices together stay in full and absorb the error of the others."""
+        weight = torch.cat(list(weights)).float()
+        codes, grid = round_to_nearest(weight, spec.packed.bits, spec.packed.group, symmetric=spec.packed.symmetric)
+        index = weak_columns(weight, decode(codes, grid, torch.float32), gram, spec.outliers)
+        others = other_columns(index, spec.shape[1])
+        left = None if gram is None else remaining_gram(gram, index, others, DAMP)
+        fitted: list[Projection] = []
+        rest = self.fit([matrix[:, others] for matrix in weights], spec.packed, left, dtype)
+        for matrix, packed in zip(weights, rest, strict=True):
+            assert isinstance(packed, Packed)
+            values = matrix[:, index]
+            if gram is not None:
+                values = absorbing_columns(matrix, packed.dense(torch.float64), gram, index, others, DAMP)
+            fitted.append(OutlierColumns(packed, index, values.to(dtype)))
+        return fitted
 
     def _scaled(
         self, weight: Float[Tensor, "out in"], spec: PackedSpec, gram: GramOfInputs

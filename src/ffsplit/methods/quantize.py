@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
-from ffsplit.ffn.projections import PackedSpec, StorageSpec
+from ffsplit.ffn.projections import OutlierColumnsSpec, PackedSpec, StorageSpec
 from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
@@ -34,6 +34,8 @@ class QuantizeConfig(MethodConfig):
         group: consecutive inputs that share a scale.
         symmetric: no zero points.
         scale_bits: 16 for float16 scales, or 8 for multiples of a unit per row: 8 bits a group less, 16 a row more.
+        outliers: share of the input columns of every matrix that stay in 16 bits: those that rounding would hurt most
+            (of `down`, columns are neurons: its heavy neurons), refitted to absorb the error of the others (OWQ).
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down` on the quantised activations before it is quantised itself.
         ridge: pull of that fit to the old weights.
@@ -47,6 +49,7 @@ class QuantizeConfig(MethodConfig):
     group: int = Field(64, ge=8)
     symmetric: bool = False
     scale_bits: ScaleBits = 16
+    outliers: float = Field(0, ge=0, lt=1)
     polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-2, ge=0)
@@ -100,6 +103,7 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
             config.symmetric,
             config.scale_bits,
             input_scale=config.scaled,
+            outliers=config.outliers,
         )
         spec = sum_spec(shape, [branch], bias=shape.down_bias)
         if config.bits is None or average_bits(spec, shape) <= config.bits:
@@ -113,7 +117,7 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
 @method(
     "quantize",
     summary="one bit width for all neurons, by round-to-nearest, AWQ or GPTQ",
-    paper="GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978",
+    paper="GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978; OWQ, arXiv 2306.02272 (`outliers`)",
     budget=("bits",),
     as_sum="one packed branch of all neurons",
     config=QuantizeConfig,
@@ -131,6 +135,7 @@ def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
 
 def _folded(data: LayerData, down: StorageSpec) -> LayerData:
     """The same FFN with the input scales of `down` in the rows of `up`, exactly: they are powers of two."""
+    down = down.packed if isinstance(down, OutlierColumnsSpec) else down
     assert isinstance(down, PackedSpec)
     ffn = data.ffn
     factor = search_input_scale(

@@ -15,6 +15,7 @@ from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
 from ffsplit.ffn.projections.masked import Masked, MaskedSpec
 from ffsplit.ffn.projections.monarch import Monarch, MonarchSpec
 from ffsplit.ffn.projections.n_m import NM, NMSpec
+from ffsplit.ffn.projections.outlier_columns import OutlierColumns, OutlierColumnsSpec
 from ffsplit.ffn.projections.packed import Packed, PackedSpec
 from ffsplit.ffn.projections.tied import Tied, TiedSpec
 
@@ -26,6 +27,7 @@ ProjectionSpec = Annotated[
     | MaskedSpec
     | MonarchSpec
     | NMSpec
+    | OutlierColumnsSpec
     | PackedSpec
     | TiedSpec,
     Field(discriminator="kind"),
@@ -40,6 +42,7 @@ STORAGES: dict[type[StorageSpec], type[Projection]] = {
     MaskedSpec: Masked,
     MonarchSpec: Monarch,
     NMSpec: NM,
+    OutlierColumnsSpec: OutlierColumns,
     PackedSpec: Packed,
     TiedSpec: Tied,
 }
@@ -66,6 +69,8 @@ __all__ = [
     "Monarch",
     "MonarchSpec",
     "NMSpec",
+    "OutlierColumns",
+    "OutlierColumnsSpec",
     "Packed",
     "PackedSpec",
     "Projection",
