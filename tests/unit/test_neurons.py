@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ffsplit.calibrate.cache import Activations, TensorCache
+from ffsplit.calibrate.gradients import NeuronGradients
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.methods.neurons import DATA_FREE_SCORES, SCORES, ScoreName, neuron_order, neuron_scores
@@ -37,7 +38,10 @@ def make_layer(
     store = Activations(TensorCache(), "in-")
     for length in tokens:
         store.append(torch.randn(length, d_model, generator=generator))
-    return LayerData(ffn, store, seed=seed)
+    sums = torch.randn(3, d_ff, generator=torch.Generator().manual_seed(seed + 1)).double()
+    sums[:, list(dead)] = 0  # what stays at zero has no gradient: see test_gradients
+    gradients = NeuronGradients(sums[0], sums[1].abs(), sums[2].abs())
+    return LayerData(ffn, store, seed=seed, gradients=gradients)
 
 
 def hidden(data: LayerData) -> Tensor:

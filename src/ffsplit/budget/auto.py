@@ -18,6 +18,7 @@ from ffsplit.budget.registry import Decision, PlannerConfig, planner
 from ffsplit.budget.scene import Scene
 from ffsplit.errors import BudgetError, FFSplitError, RecipeError
 from ffsplit.ffn.shape import FFNShape
+from ffsplit.methods.neurons import GRADIENT_SCORES
 from ffsplit.methods.registry import get_method, method_config
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,10 @@ class AutoConfig(PlannerConfig):
     def blocks(self) -> tuple[Mapping[str, Any], ...]:
         """The method blocks, with the defaults of the budget's kind."""
         return self.methods or DEFAULTS[self.budget]
+
+    @property
+    def needs_gradients(self) -> bool:
+        return any(block.get("score") in GRADIENT_SCORES for block in self.blocks) and not self.full_budget
 
     @property
     def full_budget(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ffsplit.calibrate.batches import Batches
 from ffsplit.calibrate.cache import TensorCache
 from ffsplit.calibrate.devices import visiting, whole_model_at_work
+from ffsplit.calibrate.gradients import NeuronGradients
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.families import FFNs, FFNSite, read
@@ -42,6 +43,7 @@ class Scene:
         trial: carries a decision out (one method or None for every FFN), returns what the given function measures
             then, and puts the dense FFNs back; None where decisions cannot be tried.
         notes: what the report shall say about the decision, as plain values; filled by the planner.
+        gradients: of the dense model's loss, by the FFN's name; empty unless the planner's configuration needs them.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Scene:
     progress: Progress | None = None
     trial: Trial | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    gradients: Mapping[str, NeuronGradients] = field(default_factory=dict)
 
     def batches(self, count: int | None = None) -> list[dict[str, torch.Tensor]]:
         """The first ``count`` batches, all for None."""
@@ -71,7 +74,8 @@ class Scene:
         """One FFN's dense weights on the compute device, with its inputs."""
         dense = read(self.model, site).map(lambda tensor: tensor.to(device=self.device, dtype=torch.float32))
         dense.act.to(self.device)
-        return LayerData(dense, inputs, site.name, self.seed + self.index_of(site))  # type: ignore[arg-type]
+        seed, gradients = self.seed + self.index_of(site), self.gradients.get(site.name)
+        return LayerData(dense, inputs, site.name, seed, gradients=gradients)  # type: ignore[arg-type]
 
     def walk(
         self, count: int | None = None, label: str = "measure", *, to_the_end: bool = False

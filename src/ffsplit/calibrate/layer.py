@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ffsplit.calibrate.cache import Activations
+from ffsplit.calibrate.gradients import NeuronGradients
 from ffsplit.calibrate.statistics import FFNStatistics, collect
 from ffsplit.errors import DataError
 from ffsplit.ffn.sum import SumFFN
@@ -51,6 +52,7 @@ class LayerData:
         seed: for methods that draw random numbers.
         corrections: what to add to the dense FFN's outputs on each chunk of ``inputs`` to get the targets of a refit
             (see :mod:`ffsplit.calibrate.drift`); None means nothing.
+        gradients: what the dense model's loss says about the neurons; None unless the configuration asked for it.
         memo: results that several methods tried on this layer share, by name.
         others: the FFNs that come later and are still dense, by their place in the execution order, for a method that
             works across layers; read when asked for.
@@ -62,6 +64,7 @@ class LayerData:
     name: str = "ffn"
     seed: int = 0
     corrections: Activations | None = None
+    gradients: NeuronGradients | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     others: Mapping[int, FFNWeights] = field(default_factory=dict)
     fitted: Mapping[int, SumFFN] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ffsplit.calibrate.layer import LayerData
+from ffsplit.errors import RecipeError
 from ffsplit.ops import scores, selection
 
 ScoreName = Literal[
@@ -18,6 +19,9 @@ ScoreName = Literal[
     "wanda_sp",
     "flap_variance",
     "minitron",
+    "taylor",
+    "taylor_elementwise",
+    "mask_gradient",
     "leverage",
     "pivoted_qr",
     "greedy_obs",
@@ -26,6 +30,8 @@ ScoreName = Literal[
 ]
 SCORES: tuple[str, ...] = get_args(ScoreName)
 DATA_FREE_SCORES = frozenset({"magnitude", "random"})
+GRADIENT_SCORES = frozenset({"taylor", "taylor_elementwise", "mask_gradient"})
+"""Scores from a backward pass through the dense model, which the caller makes beforehand."""
 ORDERINGS = frozenset({"pivoted_qr", "greedy_obs", "forward"})
 """Names that choose a set jointly: they give an order, not a number a neuron."""
 
@@ -42,6 +48,8 @@ def neuron_scores(data: LayerData, name: ScoreName, *, ridge: float = 1e-3) -> T
     if name == "random":
         generator = torch.Generator().manual_seed(data.seed)
         return scores.random_scores(ffn.d_ff, generator).to(ffn.up.device)
+    if name in GRADIENT_SCORES:
+        return _gradient_scores(data, name)
     if name == "leverage":
         return selection.leverage(data.statistics.hidden_gram, ridge)
     statistics = data.moments
@@ -54,6 +62,17 @@ def neuron_scores(data: LayerData, name: ScoreName, *, ridge: float = 1e-3) -> T
         "minitron": lambda: scores.minitron(statistics.sequence_mean_square),
     }
     return computed[name]()
+
+
+def _gradient_scores(data: LayerData, name: str) -> Tensor:
+    if data.gradients is None:
+        raise RecipeError(f"{data.name}: score={name!r} needs gradients of the dense model, and none were taken")
+    found = {
+        "taylor": data.gradients.group.abs(),
+        "taylor_elementwise": data.gradients.elementwise,
+        "mask_gradient": data.gradients.mask,
+    }
+    return found[name].to(data.ffn.up.device)
 
 
 def neuron_order(data: LayerData, name: ScoreName, count: int, *, ridge: float = 1e-3) -> Int[Tensor, " d_ff"]:

@@ -18,6 +18,7 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
+from ffsplit.methods.neurons import GRADIENT_SCORES
 
 Status = Literal["stable", "experimental"]
 Budget = Literal["keep", "bits", "sparsity"]
@@ -42,6 +43,11 @@ class MethodConfig(BaseModel):
     def needs_data(self) -> bool:
         """Whether fitting looks at calibration inputs."""
         return True
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether fitting looks at gradients of the dense model's loss, which are taken before any FFN is replaced."""
+        return getattr(self, "score", None) in GRADIENT_SCORES and not self.full_budget
 
     @property
     def full_budget(self) -> bool:

@@ -64,6 +64,7 @@ def layer_data(job: Job, index: int, inputs: Activations, corrections: Activatio
         sites[index].name,
         job.recipe.seed + index,
         corrections,
+        job.gradients.get(sites[index].name),
         others=OnDemand(after, dense),
         fitted=OnDemand(before, compressed),
     )

@@ -26,6 +26,7 @@ from ffsplit.pipeline.journal import Journal
 
 def fit_all(job: Job, log: Journal | None, cache_dir: str | Path | None) -> None:
     """Compress every FFN of a settled job in place; those that the journal holds are taken from there."""
+    job.take_gradients(config for index, config in enumerate(job.configs) if log is None or not log.has(index))
     home = cache_home(job.device, job.data.tokens, job.found.sites[0].d_model)
     with TensorCache(cache_dir, home) as cache, TensorCache(cache_dir, home) as drift_cache:
         _fit_all(job, cache, drift_cache, log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from ffsplit.budget.registry import Decision
 from ffsplit.budget.scene import Scene, Trial
 from ffsplit.calibrate.batches import Batches
+from ffsplit.calibrate.gradients import NeuronGradients, collect_gradients
 from ffsplit.families import FFNs
 from ffsplit.families.norms import NormFold
 from ffsplit.families.projection import is_projection
 from ffsplit.ffn.shape import FFNShape
+from ffsplit.methods.registry import MethodConfig
 from ffsplit.pipeline.plan import Plan, make_plan
 from ffsplit.pipeline.recipe import Recipe
 from ffsplit.provenance import provenance
@@ -35,6 +37,7 @@ class Job:
         plan: what every FFN becomes; empty until :meth:`settle`.
         decision: what a planner says about its decision, as plain values.
         notes: one entry per finished FFN, in the order of execution.
+        gradients: of the dense model's loss, by the FFN's name; empty until :meth:`take_gradients` was needed.
         folds: what became of the norms in front of the FFNs, when the recipe folds them.
     """
 
@@ -52,6 +55,7 @@ class Job:
     decision: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
     folds: tuple[NormFold, ...] = ()
+    gradients: dict[str, NeuronGradients] = field(default_factory=dict)
 
     def settle(self, configs: Decision) -> None:
         """Fix what happens to every FFN.
@@ -63,10 +67,31 @@ class Job:
         self.plan = make_plan(self.found.sites, self.shapes, configs)
         self.configs = configs
 
+    def take_gradients(self, configs: Iterable[MethodConfig | None]) -> None:
+        """Run the dense model back, once, if any of the methods looks at gradients. No FFN may be replaced yet.
+
+        Raises:
+            ModelError: the model has no loss.
+        """
+        if not self.gradients and any(config is not None and config.needs_gradients for config in configs):
+            self.gradients = collect_gradients(
+                self.model, self.found.sites, self.data.batches, self.device, self.progress
+            )
+
     def scene(self, store: Path | None, trial: Trial | None) -> Scene:
         """What a planner may look at; ``store`` is where its measurements outlast a killed run."""
+        self.take_gradients([self.recipe.planner])
         return Scene(
-            self.model, self.found, self.shapes, self.data, self.device, self.recipe.seed, store, self.progress, trial
+            self.model,
+            self.found,
+            self.shapes,
+            self.data,
+            self.device,
+            self.recipe.seed,
+            store,
+            self.progress,
+            trial,
+            gradients=self.gradients,
         )
 
     def identity(self) -> dict[str, Any]:
