@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ffsplit.budget import registry
 from ffsplit.budget.registry import Decision, entry_config, planners
 from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.batches import make_batches
+from ffsplit.calibrate.gradients import collect_gradients
 from ffsplit.families import find_ffns
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
@@ -82,7 +84,11 @@ def state(model: PreTrainedModel) -> list[object]:
 def decision_on(model: PreTrainedModel, name: str, case: dict[str, Any], store: Path | None = None) -> Decision:
     config = entry_config({"method": name, **case})
     with evaluating(model):
-        return planners()[name].decide(scene_of(model, store), config)
+        scene = scene_of(model, store)
+        if config.needs_gradients:
+            taken = collect_gradients(model, scene.found.sites, scene.batches(), scene.device)
+            scene = replace(scene, gradients=taken)
+        return planners()[name].decide(scene, config)
 
 
 def test_every_planner_has_cases() -> None:
