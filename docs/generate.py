@@ -172,7 +172,8 @@ def _variants(method: Method | Planner) -> list[dict[str, Any]]:
         switches.append({"alpha": 0})
     score = method.config.model_fields.get("score")
     if score is not None and "magnitude" in get_args(score.annotation):
-        switches.append({"score": "magnitude", "refit": False})
+        refit = {"refit": False} if "refit" in method.config.model_fields else {}
+        switches.append({"score": "magnitude", **refit})
     return [{**budget, **switch} for budget in budgets for switch in switches]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ffsplit.checkpoint.decompress import decompress as decompress
     from ffsplit.checkpoint.save import SavedCheckpoint as SavedCheckpoint
     from ffsplit.checkpoint.save import save as save
+    from ffsplit.checkpoint.slice import load as load
     from ffsplit.errors import BudgetError as BudgetError
     from ffsplit.errors import CheckpointError as CheckpointError
     from ffsplit.errors import DataError as DataError
@@ -66,6 +67,7 @@ _PUBLIC = {
     "find_ffns": "ffsplit.families:find_ffns",
     "fold_norms": "ffsplit.families.norms:fold_norms",
     "inspect_model": "ffsplit.pipeline.inspect:inspect",
+    "load": "ffsplit.checkpoint.slice:load",
     "load_recipe": "ffsplit.pipeline.recipe:load_recipe",
     "save": "ffsplit.checkpoint.save:save",
 }

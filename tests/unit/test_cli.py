@@ -23,7 +23,7 @@ from tests.unit.cli_fixtures import SMALL, Call
 def test_version_and_help_name_everything(cli: Call) -> None:
     assert re.match(r"ffsplit \S+, torch \S+, transformers \S+", cli("--version").out)
     help_text = cli("--help").out
-    for command in ("inspect", "compress", "eval", "compare", "methods", "decompress", "demo"):
+    for command in ("inspect", "compress", "eval", "compare", "methods", "decompress", "slice", "demo"):
         assert command in help_text
         assert "--json" in cli(command, "--help").out
 

@@ -17,6 +17,7 @@ from ffsplit.cli.eval import evaluate
 from ffsplit.cli.guard import GuardedGroup
 from ffsplit.cli.inspect import inspect
 from ffsplit.cli.methods import methods
+from ffsplit.cli.slice import slice_
 
 app = typer.Typer(
     name="ffsplit",
@@ -31,6 +32,7 @@ app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("methods")(methods)
 app.command("decompress")(decompress)
+app.command("slice")(slice_)
 app.command("demo")(demo)
 
 

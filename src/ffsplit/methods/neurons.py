@@ -95,6 +95,13 @@ def neuron_order(data: LayerData, name: ScoreName, count: int, *, ridge: float =
     return torch.cat([chosen, left.nonzero().flatten()])
 
 
+def nested_order(data: LayerData, name: ScoreName) -> Int[Tensor, " d_ff"]:
+    """All neurons, most important first, so that every prefix is a selection by ``name``."""
+    if name == "greedy_obs":
+        return selection.obs_ranking(data.statistics.hidden_gram, data.ffn.down, 1).to(data.ffn.up.device)
+    return neuron_order(data, name, data.ffn.d_ff)
+
+
 def _greedy_obs(data: LayerData, count: int) -> Int[Tensor, " count"]:
     """The survivors of greedy elimination; one that went further than asked holds every larger set too."""
     kept, ranking = data.memo.get("greedy_obs", (None, None))
