@@ -86,6 +86,11 @@ class AutoConfig(PlannerConfig):
         return next(name for name in BUDGETS if getattr(self, name) is not None)
 
     @property
+    def value(self) -> Any:
+        """Of the budget, as it was given."""
+        return getattr(self, self.budget)
+
+    @property
     def blocks(self) -> tuple[Mapping[str, Any], ...]:
         """The method blocks, with the defaults of the budget's kind."""
         return self.methods or DEFAULTS[self.budget]
@@ -107,7 +112,7 @@ def check(shapes: Sequence[FFNShape], config: AutoConfig) -> None:
     for shape in shapes:
         specs = [dense_spec(shape)]
         for block in config.blocks:
-            specs += [get_method(one.method).plan(shape, one) for one in variants(shape, block)]
+            specs += [get_method(one.method).plan(shape, one) for one in variants(shape, block, "keep", config.keep)]
         cheapest += min(spec.parameters for spec in specs)
     total = sum(shape.parameters for shape in shapes)
     if cheapest > config.keep * total:
@@ -130,8 +135,8 @@ def auto(scene: Scene, config: AutoConfig) -> Decision:
     """Library, damages, knapsack; then the plan is carried out beside the best one that treats all layers alike."""
     if config.full_budget:
         return _nothing_to_do(scene)
-    cost = cost_of(scene, config.budget, getattr(config, config.budget))
-    rows = library(scene, config.blocks)
+    cost = cost_of(scene, config.budget, config.value)
+    rows = library(scene, config.blocks, config.budget, config.value)
     costs = costs_of(rows, cost, scene.shapes)
     objective = Objective.of(scene, config.windows)
     damages = measured(scene, rows, objective, config.metric)
@@ -140,40 +145,36 @@ def auto(scene: Scene, config: AutoConfig) -> Decision:
     except BudgetError as error:
         least = sum(min(row) for row in costs)
         raise BudgetError(
-            f"{config.budget}={getattr(config, config.budget)} is out of reach; the smallest reachable is "
-            f"{cost.describe(least)}"
+            f"{config.budget}={config.value} is out of reach; the smallest reachable is {cost.describe(least)}"
         ) from error
     plans = [chosen, *uniform(rows, damages, costs, cost.limit)][: config.trials if scene.trial else 1]
     outcomes = [_tried(scene, rows, plan, objective, config.metric) for plan in plans] if len(plans) > 1 else [None]
     best = min(range(len(plans)), key=lambda index: outcomes[index] or 0.0)
     scene.notes["allocation"] = report(scene, rows, damages, costs, plans, outcomes, best, cost)
-    return [rows[layer][index] for layer, index in enumerate(plans[best])]
+    return [rows[layer][index].config for layer, index in enumerate(plans[best])]
 
 
 def costs_of(rows: Sequence[Row], cost: Cost, shapes: Sequence[FFNShape]) -> list[list[float]]:
     """What every candidate costs."""
     return [
-        [cost.of(dense_spec(shape) if one is None else get_method(one.method).plan(shape, one), layer) for one in row]
+        [cost.of(dense_spec(shape) if one is None else get_method(one.method).plan(shape, one), layer) for _, one in row]
         for layer, (row, shape) in enumerate(zip(rows, shapes, strict=True))
     ]
 
 
 def measured(scene: Scene, rows: Sequence[Row], objective: Objective, metric: Metric) -> list[list[float]]:
     """What every candidate damages; an FFN left as it is, nothing."""
-    tried = [[one for one in row if one is not None] for row in rows]
+    tried = [[one for _, one in row if one is not None] for row in rows]
     found = [iter(row) for row in measure(scene, tried, objective, metric)]
-    return [[0.0 if one is None else next(values) for one in row] for row, values in zip(rows, found, strict=True)]
+    return [[0.0 if one is None else next(values) for _, one in row] for row, values in zip(rows, found, strict=True)]
 
 
 def uniform(
     rows: Sequence[Row], damages: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], limit: float
 ) -> list[list[int]]:
-    """Plans that give every layer the same candidate and meet the limit, the least predicted damage first.
-
-    Candidates that look at the layer (the splits of `mixed-bits`) count as the same when they hold the same place.
-    """
-    places = range(1, min(map(len, rows)))
-    plans = [[place] * len(rows) for place in places]
+    """Plans that give every layer the same candidate and meet the limit, the least predicted damage first."""
+    places = [{one.label: index for index, one in enumerate(row) if one.config is not None} for row in rows]
+    plans = [[row[label] for row in places] for label in places[0] if all(label in row for row in places)]
 
     def total(values: Sequence[Sequence[float]], plan: Sequence[int]) -> float:
         return sum(row[index] for row, index in zip(values, plan, strict=True))
@@ -184,7 +185,7 @@ def uniform(
 
 def _tried(scene: Scene, rows: Sequence[Row], plan: Sequence[int], objective: Objective, metric: Metric) -> float:
     assert scene.trial is not None
-    decision = [row[index] for row, index in zip(rows, plan, strict=True)]
+    decision = [row[index].config for row, index in zip(rows, plan, strict=True)]
     return scene.trial(decision, partial(objective.now, metric))
 
 
@@ -216,7 +217,7 @@ def report(
         "layers": [
             {
                 "ffn": scene.found.sites[layer].name,
-                "method": None if (one := rows[layer][index]) is None else one.model_dump(mode="json"),
+                "method": None if (one := rows[layer][index].config) is None else one.model_dump(mode="json"),
                 "damage": damages[layer][index],
             }
             for layer, index in enumerate(plans[best])

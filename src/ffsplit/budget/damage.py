@@ -44,10 +44,11 @@ def measure(scene: Scene, candidates: Candidates, objective: Objective, metric: 
         for site, index in zip(block.sites, indices, strict=True):
             data = scene.layer_data(site, inputs[site.name])
             for number, config in enumerate(candidates[index]):
-                if found[index][number] is None:
+                damage = known[index].get(_key(config))  # the row may hold it twice
+                if damage is None:
                     damage = _damage(scene, replay, block, site, data, config, objective, metric)
-                    found[index][number] = damage
                     known[index].put(_key(config), damage)
+                found[index][number] = damage
             inputs[site.name].drop()
     return [[damage for damage in row if damage is not None] for row in found]
 

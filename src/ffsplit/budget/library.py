@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,21 +12,45 @@ from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.methods.budgets import average_bits, packed_branch_spec, sum_spec
+from ffsplit.methods.budgets import average_bits
 from ffsplit.methods.mixed_bits import MixedBitsConfig
 from ffsplit.methods.neurons import neuron_scores
 from ffsplit.methods.registry import MethodConfig, get_method, method_config
 from ffsplit.ops.allocation import split_by_bits
 from ffsplit.ops.rounding import decode, encode, fit_grid
 
-Row = list[MethodConfig | None]
-"""Candidates of one FFN; None leaves it as it is."""
+
+class Candidate(NamedTuple):
+    """One thing that may happen to an FFN.
+
+    Attributes:
+        label: the same for all layers where it means the same.
+        config: None leaves the FFN as it is.
+    """
+
+    label: str
+    config: MethodConfig | None
+
+
+Row = list[Candidate]
+"""Candidates of one FFN."""
 
 KEEP = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BITS = (2.2, 2.35, 2.5, 2.65, 2.8, 3.0, 3.2, 3.4, 3.7, 4.0, 4.3, 5.0, 6.0, 8.5)
 SPARSITY = (0.25, 0.5, 0.75)
 GRIDS: Mapping[str, Sequence[float]] = {"keep": KEEP, "bits": BITS, "sparsity": SPARSITY}
+NEAR = (0.8, 1.55)
+"""Of a bits budget: averages outside this range are not worth measuring for it."""
+AFFECTED: Mapping[str, tuple[str, ...]] = {
+    "keep": ("keep",),
+    "flops": ("keep", "sparsity"),
+    "latency": ("keep", "bits", "sparsity"),
+    "bits": ("keep", "bits"),
+    "bytes": ("keep", "bits"),
+}
+"""Which budgets of methods change what a budget of the allocation counts."""
 WIDTHS = (8, 6, 5, 4, 3, 2)
+TRIES = 4
 SAMPLE_ROWS = 256
 """Rows of `up` from which the rounding error of each width is taken."""
 LINEAR = tuple({"method": "ffsplit", "rest": "linear", "keep": keep} for keep in (0.1, 0.2, 0.3))
@@ -39,68 +64,99 @@ DEFAULTS: Mapping[str, tuple[dict[str, Any], ...]] = {
 """What is tried under each budget unless the recipe names methods: what measured best there."""
 
 
-def library(scene: Scene, methods: Sequence[Mapping[str, Any]]) -> list[Row]:
+def library(scene: Scene, methods: Sequence[Mapping[str, Any]], budget: str, value: object) -> list[Row]:
     """Every candidate of every FFN: each method at the points of the grid of its budget that it can reach.
 
     Args:
         scene: the dense model; `mixed-bits` looks at its neurons.
         methods: values of method blocks, without a budget where the method has one.
+        budget: of the allocation.
+        value: of the budget; a share or an average is itself a point of the grid, so that plans which treat all layers
+            alike can use it up.
 
     Raises:
-        RecipeError: a method is unknown, or no candidate is possible.
+        RecipeError: a method is unknown or cannot be set up like this, or no candidate is possible.
     """
-    rows: list[Row] = [[None] for _ in scene.shapes]
+    point = float(value) if budget in ("keep", "bits") else None  # type: ignore[arg-type]
+    rows: list[Row] = [[Candidate("as it is", None)] for _ in scene.shapes]
     for values in methods:
         if values["method"] == "mixed-bits" and "neurons" not in values:
+            targets = averages(point if budget == "bits" else None)
             for index, data in scene.layers(label="neurons"):
-                rows[index] += mixed_widths(data, values)
+                rows[index] += mixed_widths(data, values, targets)
         else:
             for row, shape in zip(rows, scene.shapes, strict=True):
-                row += list(variants(shape, values))
+                row += [Candidate(one.model_dump_json(), one) for one in variants(shape, values, budget, point)]
     if all(len(row) == 1 for row in rows):
         raise RecipeError(f"none of {', '.join(str(values['method']) for values in methods)} can do anything here")
     return rows
 
 
-def variants(shape: FFNShape, values: Mapping[str, Any]) -> Iterator[MethodConfig]:
-    """One method at every point of its budget's grid that an FFN of this shape can reach."""
+def averages(budget: float | None) -> list[float]:
+    """Average widths to try under a bits budget, all of the grid without one."""
+    if budget is None:
+        return list(BITS)
+    low, high = NEAR[0] * budget, NEAR[1] * budget
+    return sorted({budget, *(bits for bits in BITS if low <= bits <= high)})
+
+
+def variants(
+    shape: FFNShape, values: Mapping[str, Any], budget: str, point: float | None = None
+) -> Iterator[MethodConfig]:
+    """One method at every point of its budget's grid that an FFN of this shape can reach.
+
+    Raises:
+        RecipeError: the method cannot be set up like this at any point.
+    """
     method = get_method(str(values["method"]))
-    given = [budget for budget in method.budget if budget in values]
-    if given or not method.budget:
+    if any(name in values for name in method.budget) or not method.budget:
         yield method_config(dict(values))
         return
-    for budget in method.budget:
-        for value in GRIDS[budget]:
+    refused: RecipeError | None = None
+    usable = False
+    for kind in (kind for kind in method.budget if kind in AFFECTED[budget]):
+        for value in sorted({*GRIDS[kind], *([point] if point is not None and kind == budget else [])}):
             try:
-                config = method_config({**values, budget: value})
+                config = method_config({**values, kind: value})
                 method.plan(shape, config)
-            except (BudgetError, RecipeError):
-                continue  # out of reach for this shape, or a setting that goes with another budget
+            except BudgetError:
+                continue
+            except RecipeError as error:
+                refused = error  # perhaps a setting that goes with the method's other budget
+                continue
+            usable = True
             yield config
+    if refused is not None and not usable:
+        raise refused
 
 
-def mixed_widths(data: LayerData, values: Mapping[str, Any]) -> Iterator[MixedBitsConfig]:
+def mixed_widths(data: LayerData, values: Mapping[str, Any], targets: Sequence[float]) -> Iterator[Candidate]:
     """Splits of one FFN's neurons over widths, each the best by score of its average number of bits."""
     base = MixedBitsConfig.model_validate({**values, "neurons": {4: data.ffn.d_ff}})
     shape = FFNShape.of(data.ffn)
-    cost = {bits: _bits_of(shape, base, bits) for bits in WIDTHS}
+    cost = {bits: _bits_of(shape, base, {bits: shape.d_ff}) for bits in WIDTHS}
     error = {bits: _rounding_error(data, base, bits) for bits in WIDTHS}
     energy = neuron_scores(data, base.score).square().cpu()
-    seen: list[dict[int, int]] = []
-    for target in BITS:
-        try:
-            neurons = split_by_bits(energy, error, cost, target, base.group)
-        except BudgetError:
-            continue
-        if neurons not in seen:
-            seen.append(neurons)
-            yield base.model_copy(update={"neurons": neurons})
+    for target in targets:
+        allowed = target
+        for _ in range(TRIES):
+            try:
+                neurons = split_by_bits(energy, error, cost, allowed, base.group)
+            except BudgetError:
+                break
+            # Every width has scales of its own, which the cost of a neuron alone does not show.
+            excess = _bits_of(shape, base, neurons) - target
+            if excess <= 0:
+                label = f"{json.dumps(dict(values), sort_keys=True)} at {target} bits"
+                yield Candidate(label, base.model_copy(update={"neurons": neurons}))
+                break
+            allowed -= excess
 
 
-def _bits_of(shape: FFNShape, config: MixedBitsConfig, bits: int) -> float:
-    """Stored bits a weight of an FFN in one width, everything counted."""
-    branch = packed_branch_spec(shape, shape.d_ff, bits, config.group, config.symmetric, config.scale_bits)
-    return average_bits(sum_spec(shape, [branch], bias=shape.down_bias), shape)
+def _bits_of(shape: FFNShape, config: MixedBitsConfig, neurons: Mapping[int, int]) -> float:
+    """Stored bits a weight of an FFN split like this, everything counted."""
+    config = config.model_copy(update={"neurons": dict(neurons)})
+    return average_bits(get_method(config.method).plan(shape, config), shape)
 
 
 @torch.no_grad()

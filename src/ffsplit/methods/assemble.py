@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ffsplit.calibrate.layer import LayerData, RefitSums
-from ffsplit.ffn.projections import Dense, DenseSpec, Projection, StorageSpec
+from ffsplit.ffn.projections import Dense, DenseSpec, Packed, Projection, StorageSpec
 from ffsplit.ffn.selectors import Selector
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN
@@ -220,13 +220,24 @@ def _joint_sums(
     if exact and not bias and not linear and data.corrections is None:
         return _sums_from_statistics(data.ffn, data.statistics.hidden_gram, torch.cat([p.neurons for p in parts]))
 
+    decoded = [_decoded(draft, data.ffn.up.dtype) for draft in drafts]
+
     @torch.no_grad()
     def hidden(x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens hidden"]:
         columns = [x.new_ones(x.shape[0], 1)] if bias else []
-        columns += [draft.hidden(x) for draft in drafts]
+        columns += [draft.hidden(x) for draft in decoded]
         return torch.cat([*columns, x] if linear else columns, dim=1)
 
     return data.refit_sums(hidden)
+
+
+def _decoded(draft: Branch, dtype: torch.dtype) -> Branch:
+    """The branch with packed inner projections written out, so that codes are decoded once and not for every chunk."""
+    if not isinstance(draft.up, Packed):
+        return draft
+    gate = None if draft.gate is None else Dense(draft.gate.dense(dtype))
+    act = draft.act if draft.activated else None
+    return Branch(act, Dense(draft.up.dense(dtype)), draft.down, gate, draft.up_bias, draft.gate_bias, draft.selector)
 
 
 def _sums_from_statistics(
