@@ -18,8 +18,13 @@ from ffsplit.budget.registry import Decision, PlannerConfig, planner
 from ffsplit.budget.scene import Scene
 from ffsplit.errors import BudgetError, FFSplitError, RecipeError
 from ffsplit.ffn.shape import FFNShape
+<<<<<<< HEAD
 from ffsplit.methods.neurons import GRADIENT_SCORES
 from ffsplit.methods.registry import get_method, method_config
+=======
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.methods.registry import MethodConfig, get_method, method_config
+>>>>>>> 9bb2f98 (Dropping an FFN is a candidate of the allocator)
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("keep", "bits", "bytes", "flops", "latency")
@@ -156,8 +161,12 @@ def auto(scene: Scene, config: AutoConfig) -> Decision:
 
 def costs_of(rows: Sequence[Row], cost: Cost, shapes: Sequence[FFNShape]) -> list[list[float]]:
     """What every candidate costs."""
+
+    def planned(config: MethodConfig | None, shape: FFNShape) -> SumSpec:
+        return dense_spec(shape) if config is None else get_method(config.method).plan(shape, config)
+
     return [
-        [cost.of(dense_spec(shape) if one is None else get_method(one.method).plan(shape, one), layer) for _, one in row]
+        [cost.of(planned(one.config, shape), layer) for one in row]
         for layer, (row, shape) in enumerate(zip(rows, shapes, strict=True))
     ]
 

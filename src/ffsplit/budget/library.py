@@ -54,10 +54,11 @@ TRIES = 4
 SAMPLE_ROWS = 256
 """Rows of `up` from which the rounding error of each width is taken."""
 LINEAR = tuple({"method": "ffsplit", "rest": "linear", "keep": keep} for keep in (0.1, 0.2, 0.3))
+DROPPED = {"method": "drop", "replacement": "mean"}
 DEFAULTS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "keep": ({"method": "prune"}, *LINEAR),
-    "flops": ({"method": "prune"}, *LINEAR),
-    "latency": ({"method": "prune"},),
+    "keep": ({"method": "prune"}, *LINEAR, DROPPED),
+    "flops": ({"method": "prune"}, *LINEAR, DROPPED),
+    "latency": ({"method": "prune"}, DROPPED),
     "bits": ({"method": "mixed-bits"},),
     "bytes": ({"method": "mixed-bits"}, {"method": "prune"}),
 }
