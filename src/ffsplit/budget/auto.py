@@ -18,13 +18,9 @@ from ffsplit.budget.registry import Decision, PlannerConfig, planner
 from ffsplit.budget.scene import Scene
 from ffsplit.errors import BudgetError, FFSplitError, RecipeError
 from ffsplit.ffn.shape import FFNShape
-<<<<<<< HEAD
-from ffsplit.methods.neurons import GRADIENT_SCORES
-from ffsplit.methods.registry import get_method, method_config
-=======
 from ffsplit.ffn.spec import SumSpec
+from ffsplit.methods.neurons import GRADIENT_SCORES
 from ffsplit.methods.registry import MethodConfig, get_method, method_config
->>>>>>> 9bb2f98 (Dropping an FFN is a candidate of the allocator)
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("keep", "bits", "bytes", "flops", "latency")
