@@ -113,20 +113,22 @@ def variants(
     if any(name in values for name in method.budget) or not method.budget:
         yield method_config(dict(values))
         return
+    points: list[dict[str, float]] = [{}] if method.config.budget_is_optional else []
+    for kind in (kind for kind in method.budget if kind in AFFECTED[budget]):
+        points += [{kind: at} for at in sorted({*GRIDS[kind], *([point] if point and kind == budget else [])})]
     refused: RecipeError | None = None
     usable = False
-    for kind in (kind for kind in method.budget if kind in AFFECTED[budget]):
-        for value in sorted({*GRIDS[kind], *([point] if point is not None and kind == budget else [])}):
-            try:
-                config = method_config({**values, kind: value})
-                method.plan(shape, config)
-            except BudgetError:
-                continue
-            except RecipeError as error:
-                refused = error  # perhaps a setting that goes with the method's other budget
-                continue
-            usable = True
-            yield config
+    for extra in points:
+        try:
+            config = method_config({**values, **extra})
+            method.plan(shape, config)
+        except BudgetError:
+            continue
+        except RecipeError as error:
+            refused = error  # perhaps a setting that goes with the method's other budget, or with none
+            continue
+        usable = True
+        yield config
     if refused is not None and not usable:
         raise refused
 
