@@ -91,11 +91,11 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     ("best: ffsplit int4 + int2 3.0 bits, drift", budget_bits(3.0, 4, 2, 128), None),
     ("best: ffsplit int3 + int2 g128 3.0 bits, drift", budget_bits(3.0, 3, 2, 128), None),
     ("best: gptq 3 + refit + polish, drift", method("quantize", 0.5, code_bits=3), None),
-    ("auto: 4.0 bits", auto(bits=4.0), None),
     ("auto: 3.0 bits", auto(bits=3.0), None),
-    ("auto: 2.5 bits", auto(bits=2.5), None),
-    ("auto: keep 0.75", auto(1.0, keep=0.75), None),
+    ("auto: 2.5 bits", auto(bits=2.5, trials=1), None),
+    ("auto: 4.0 bits", auto(bits=4.0, trials=1), None),
     ("auto: keep 0.5", auto(keep=0.5), None),
+    ("auto: keep 0.75", auto(1.0, keep=0.75, trials=1), None),
 ]
 
 
