@@ -5,12 +5,12 @@ Sums of int8 products are exact in int32 (up to 133,000 columns), so every path 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
+
+from ffsplit.kernels.straight_through import with_gradient_of
 
 LARGEST = 127
 """Codes are symmetric; -128 is not used."""
@@ -69,17 +69,3 @@ def int8_linear(
     sums = product(rounded, codes).to(x_scale)
     found = (sums * x_scale * scale.to(x_scale)).to(x.dtype).view(*x.shape[:-1], codes.shape[0])
     return with_gradient_of(found, x, lambda: codes.to(x_scale) * scale.to(x_scale)[:, None])
-
-
-def with_gradient_of(
-    found: Float[Tensor, "*tokens out"], x: Float[Tensor, "*tokens columns"], weight: Callable[[], Tensor]
-) -> Float[Tensor, "*tokens out"]:
-    """The values found, with the gradient that ``x W^T`` has for ``x``.
-
-    Rounding is flat almost everywhere, so its own gradient would be zero. The plain product, which is only computed if
-    there is to be a gradient, adds zero to the values.
-    """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return found
-    plain = linear(x, weight().to(x.dtype))
-    return found + (plain - plain.detach())

@@ -14,6 +14,8 @@ from torch import Tensor
 from ffsplit.ffn.projections import (
     Dense,
     DenseSpec,
+    Float8,
+    Float8Spec,
     Int8Dynamic,
     Int8DynamicSpec,
     LowRank,
@@ -237,6 +239,8 @@ class Nearest(Compressor):
     def fit(
         self, weights: Sequence[Tensor], spec: StorageSpec, gram: GramOfInputs, dtype: torch.dtype
     ) -> list[Projection]:
+        if isinstance(spec, Float8Spec):
+            return [Float8.from_dense(weight, spec, dtype) for weight in weights]
         assert isinstance(spec, Int8DynamicSpec)
         return [Int8Dynamic.from_dense(weight, spec, dtype) for weight in weights]
 

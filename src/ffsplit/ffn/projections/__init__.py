@@ -10,6 +10,7 @@ from pydantic import Field
 from ffsplit.ffn.projections.base import Projection, StorageSpec
 from ffsplit.ffn.projections.block_dense import BlockDense, BlockDenseSpec
 from ffsplit.ffn.projections.dense import Dense, DenseSpec
+from ffsplit.ffn.projections.float8 import Float8, Float8Spec
 from ffsplit.ffn.projections.int8_dynamic import Int8Dynamic, Int8DynamicSpec
 from ffsplit.ffn.projections.low_rank import LowRank, LowRankSpec
 from ffsplit.ffn.projections.masked import Masked, MaskedSpec
@@ -22,6 +23,7 @@ from ffsplit.ffn.projections.tied import Tied, TiedSpec
 ProjectionSpec = Annotated[
     BlockDenseSpec
     | DenseSpec
+    | Float8Spec
     | Int8DynamicSpec
     | LowRankSpec
     | MaskedSpec
@@ -37,6 +39,7 @@ ProjectionSpec = Annotated[
 STORAGES: dict[type[StorageSpec], type[Projection]] = {
     BlockDenseSpec: BlockDense,
     DenseSpec: Dense,
+    Float8Spec: Float8,
     Int8DynamicSpec: Int8Dynamic,
     LowRankSpec: LowRank,
     MaskedSpec: Masked,
@@ -60,6 +63,8 @@ __all__ = [
     "BlockDenseSpec",
     "Dense",
     "DenseSpec",
+    "Float8",
+    "Float8Spec",
     "Int8Dynamic",
     "Int8DynamicSpec",
     "LowRank",
