@@ -77,6 +77,8 @@ def _full_width(model: PreTrainedModel, skeleton: PreTrainedModel, site: FFNSite
 
 def _no_neurons(module: SumFFN, skeleton: PreTrainedModel, site: FFNSite, dtype: torch.dtype) -> FFNWeights:
     """A dropped FFN."""
+    if module.lookup is not None:
+        raise ModelError(f"{site.name}: lookup tables cannot be written as dense weights")
     if module.skip is not None:
         raise ModelError(f"{site.name}: an FFN that works for some tokens only cannot be written as dense weights")
     if module.linear is not None:

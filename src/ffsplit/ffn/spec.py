@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import PositiveInt, model_validator
 
+from ffsplit.ffn.lookup import LookupSpec
 from ffsplit.ffn.projections import ProjectionSpec, StorageSpec
 from ffsplit.ffn.projections.base import Spec
 from ffsplit.ffn.selectors import SelectorSpec
@@ -94,6 +95,7 @@ class SumSpec(Spec):
         branches: heavy first.
         linear: a map of the input beside them.
         bias: whether there is one.
+        lookup: tables beside them, indexed by hashes of the input.
         skip: which tokens do without all of it; None: no token does.
     """
 
@@ -101,12 +103,14 @@ class SumSpec(Spec):
     branches: tuple[BranchSpec, ...] = ()
     linear: ProjectionSpec | None = None
     bias: bool = False
+    lookup: LookupSpec | None = None
     skip: SkipSpec | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> SumSpec:
-        if self.skip is not None and self.skip.d_model != self.d_model:
-            raise ValueError(f"skip has d_model {self.skip.d_model}, the sum {self.d_model}")
+        for name, term in (("skip", self.skip), ("lookup", self.lookup)):
+            if term is not None and term.d_model != self.d_model:
+                raise ValueError(f"{name} has d_model {term.d_model}, the sum {self.d_model}")
         for branch in self.branches:
             if branch.up.shape[1] != self.d_model:
                 raise ValueError(f"a branch takes {branch.up.shape[1]} inputs and d_model is {self.d_model}")
@@ -127,6 +131,7 @@ class SumSpec(Spec):
             and self.branches[0].act == "model"
             and all(projection.kind == "dense" for projection in self.projections)
             and self.linear is None
+            and self.lookup is None
             and self.skip is None
         )
 
@@ -147,22 +152,24 @@ class SumSpec(Spec):
     @property
     def parameters(self) -> int:
         """Stored numbers, biases included; a packed code counts as one."""
-        return sum(p.parameters for p in self.projections) + self.bias_parameters + self._run_time_parameters
+        return sum(p.parameters for p in self.projections) + self.bias_parameters + self._other_parameters
 
     @property
-    def _run_time_parameters(self) -> int:
-        """Of what decides at run time which work is done."""
-        return sum(branch.selector_parameters for branch in self.branches) + (self.skip.parameters if self.skip else 0)
+    def _other_parameters(self) -> int:
+        """Of the tables, and of what decides at run time which work is done."""
+        terms = [term.parameters for term in (self.lookup, self.skip) if term is not None]
+        return sum(branch.selector_parameters for branch in self.branches) + sum(terms)
 
     @property
     def macs(self) -> float:
         """Multiply-accumulates of an average token."""
-        macs = sum(branch.macs for branch in self.branches) + (0 if self.linear is None else self.linear.macs)
+        macs = sum(branch.macs for branch in self.branches)
+        macs += sum(term.macs for term in (self.linear, self.lookup) if term is not None)
         return macs if self.skip is None else self.skip.macs(macs)
 
     def stored_bits(self, float_bits: int = 16) -> int:
         """Stored bits, scales, zeros and biases included, when floating-point numbers take ``float_bits`` each."""
-        numbers = self.bias_parameters + self._run_time_parameters
+        numbers = self.bias_parameters + self._other_parameters
         return sum(p.stored_bits(float_bits) for p in self.projections) + numbers * float_bits
 
     def terms(self) -> tuple[str, ...]:
@@ -172,7 +179,8 @@ class SumSpec(Spec):
 
     def _summands(self) -> tuple[str, ...]:
         linear = () if self.linear is None else (f"linear map, {self.linear.describe()}",)
-        return (*(branch.describe() for branch in self.branches), *linear)
+        lookup = () if self.lookup is None else (self.lookup.describe(),)
+        return (*(branch.describe() for branch in self.branches), *linear, *lookup)
 
     def describe(self) -> str:
         """The sum in words."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
+from ffsplit.ffn.lookup import Lookup
 from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.skips import Skip
@@ -100,12 +101,14 @@ class SumFFN(nn.Module):
         branches: Sequence[Branch] = (),
         linear: Projection | None = None,
         bias: Float[Tensor, " d_model"] | None = None,
+        lookup: Lookup | None = None,
         skip: Skip | None = None,
     ) -> None:
         super().__init__()
         self.d_model = d_model
         self.branches = nn.ModuleList(branches)
         self.linear = linear
+        self.lookup = lookup
         self.skip = skip
         self.register_parameter("bias", _parameter(bias))
 
@@ -116,6 +119,7 @@ class SumFFN(nn.Module):
             branches=tuple(branch.spec for branch in self._branches()),
             linear=None if self.linear is None else self.linear.spec,
             bias=self.bias is not None,
+            lookup=None if self.lookup is None else self.lookup.spec,
             skip=None if self.skip is None else self.skip.spec,
         )
 
@@ -144,7 +148,8 @@ class SumFFN(nn.Module):
         ]
         linear = None if spec.linear is None else empty_projection(spec.linear, dtype, device)
         skip = None if spec.skip is None else Skip.empty(spec.skip, dtype, device)
-        return cls(spec.d_model, branches, linear, vector(spec.d_model, spec.bias), skip)
+        lookup = None if spec.lookup is None else Lookup.empty(spec.lookup, dtype, device)
+        return cls(spec.d_model, branches, linear, vector(spec.d_model, spec.bias), lookup, skip)
 
     def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         return self._sum(x) if self.skip is None else self.skip(x, self._sum)  # type: ignore[no-any-return]
@@ -154,9 +159,10 @@ class SumFFN(nn.Module):
         for branch in self.branches:
             out = branch(x)
             total = out if total is None else total + out
-        if self.linear is not None:
-            out = self.linear(x)
-            total = out if total is None else total + out
+        for term in (self.linear, self.lookup):
+            if term is not None:
+                out = term(x)
+                total = out if total is None else total + out
         if total is None:
             total = torch.zeros_like(x)
         return total if self.bias is None else total + self.bias
@@ -169,11 +175,13 @@ class SumFFN(nn.Module):
             dtype: of all tensors; None leaves each as it is stored (packed codes become float32).
 
         Raises:
-            ModelError: the sum has a linear map or no branch at all, works for some tokens only, a branch does so or
-                has no activation, inputs that are rounded at run time, or branches with and without a gate, which no
-                dense FFN of this shape expresses.
+            ModelError: the sum has a linear map, lookup tables or no branch, works for some tokens only, a branch does
+                so or has no activation, inputs that are rounded at run time, or branches with and without a gate,
+                which no dense FFN of this shape expresses.
         """
         branches = self._branches()
+        if self.lookup is not None:
+            raise ModelError("lookup tables cannot be written as dense weights")
         if self.skip is not None or any(branch.selector is not None for branch in branches):
             raise ModelError("an FFN whose neurons work for some tokens only cannot be written as dense weights")
         if self.spec.rounds_inputs:
