@@ -75,7 +75,7 @@ def test_cache_bytes_are_those_of_a_real_run(name: str, monkeypatch: pytest.Monk
             super().put(key, tensors)  # type: ignore[arg-type]
             sizes.append(sum(tensor.nbytes for stored in self._memory.values() for tensor in stored))
 
-    monkeypatch.setattr("ffsplit.pipeline.compress.TensorCache", Watched)
+    monkeypatch.setattr("ffsplit.pipeline.fit.TensorCache", Watched)
     ids = torch.arange(48).reshape(3, 16) + 5
     batches = [{"input_ids": row[None]} for row in ids]
     if model.config.is_encoder_decoder:

@@ -142,7 +142,7 @@ def test_a_refusal_in_the_first_layer_leaves_no_journal(
     def refuse(*_: object, **__: object) -> None:
         raise DataError("not on this text")
 
-    monkeypatch.setattr("ffsplit.pipeline.compress._fit", refuse)
+    monkeypatch.setattr("ffsplit.pipeline.fit._fit", refuse)
     outcome = cli("compress", llama, "--out", untouched, "--keep", "0.5", *SMALL)
     assert outcome.code == 2
     assert "not on this text" in outcome.err
