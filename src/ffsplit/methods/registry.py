@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -54,7 +54,7 @@ class MethodConfig(BaseModel):
         """Whether the budget leaves the FFN as it is."""
         return False
 
-    def quick(self) -> Self:
+    def quick(self) -> MethodConfig:
         """A cheaper variant that does about the same damage, for comparing candidates."""
         return self
 
