@@ -13,7 +13,7 @@ from ffsplit.budget.knapsack import choose, front
 from ffsplit.errors import BudgetError
 
 Row = list[float]
-values = st.floats(0, 10, allow_nan=False, width=32)
+values = st.integers(0, 80).map(lambda eighths: eighths / 8)
 layers = st.lists(st.lists(st.tuples(values, values), min_size=1, max_size=4), min_size=1, max_size=4)
 
 

@@ -18,7 +18,7 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 def correlations(h: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     first, second = (h.sum(0), h.square().sum(0)), (g.sum(0), g.square().sum(0))
-    return correlation(h.T @ g, first, second, len(h))
+    return correlation(h.T @ g, first, second, float(len(h)))
 
 
 @given(seed=SEEDS, size=st.integers(0, 6))

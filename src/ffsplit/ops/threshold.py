@@ -22,7 +22,7 @@ def standardised(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def global_widths(
-    scores: Sequence[Float[Tensor, " d_ff"]], costs: Sequence[int], budget: int, align: int = 1
+    scores: Sequence[Float[Tensor, "..."]], costs: Sequence[int], budget: int, align: int = 1
 ) -> list[int]:
     """How many neurons of each layer lie above one threshold, the lowest that the budget allows.
 
