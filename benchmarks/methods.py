@@ -1,0 +1,139 @@
+"""One measured line for every method and planner: MiniLM-L6, all 6 FFNs, one protocol, on the CPU.
+
+Calibration: 512 sentences of the STS benchmark's training part. Evaluation: the first 500 pairs of its test part (Spearman of mean-pooled
+embeddings, times 100) and the mean cosine of each sentence's embedding to the dense model's.
+
+    python benchmarks/methods.py [--only PATTERN] [--out benchmarks/results/methods.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.functional import cosine_similarity
+
+import ffsplit
+from _common import minilm, write_result
+from ffsplit.budget.cost import dense_spec
+from ffsplit.evaluate.embeddings import sentence_embeddings, spearman
+from ffsplit.pipeline.load import open_source
+from ffsplit.provenance import hash_model, provenance
+from figures import sts_pairs
+
+SENTENCES, PAIRS = 512, 500
+# (method, settings); every method that works on a plain (ungated) FFN is here, at a budget where it has to work for it.
+ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("asvd", {"keep": 0.5}),
+    ("auto", {"keep": 0.5}),
+    ("auto", {"bits": 3.0}),
+    ("block-dense", {"keep": 0.5}),
+    ("cats", {"sparsity": 0.5}),
+    ("chess", {"sparsity": 0.5}),
+    ("drop", {"replacement": "mean"}),
+    ("drop-ffns", {"keep": 0.67}),
+    ("drop-ffns", {"keep": 0.7, "replacement": "linear"}),
+    ("ffsplit", {"keep": 0.5}),
+    ("ffsplit", {"keep": 0.5, "rest": "whitened"}),
+    ("ffsplit", {"bits": 3.0}),
+    ("finercut", {"keep": 0.67}),
+    ("flap", {"keep": 0.5}),
+    ("fp8", {}),
+    ("hire", {"sparsity": 0.5}),
+    ("hot-cold", {"sparsity": 0.5}),
+    ("linearise", {"keep": 0.5}),
+    ("lookup", {"keep": 0.75}),
+    ("mixed-bits", {"neurons": {4: 512, 3: 512, 2: 512}}),
+    ("moefication", {"sparsity": 0.5}),
+    ("monarch", {"keep": 0.5}),
+    ("prune", {"keep": 0.5}),
+    ("prune", {"keep": 0.5, "score": "output_norm", "refit": False}),
+    ("prune", {"keep": 0.5, "score": "taylor"}),
+    ("quantize", {"code_bits": 3}),
+    ("quantize", {"code_bits": 3, "rounding": "awq", "refit": False}),
+    ("share", {"keep": 0.75}),
+    ("skip-gate", {"sparsity": 0.25}),
+    ("sort", {}),
+    ("sparsify", {"keep": 0.5, "refit": False}),
+    ("sparsify", {"pattern": "2:4", "refit": False}),
+    ("stat", {"tol": 0.2}),
+    ("svd", {"keep": 0.5}),
+    ("teal", {"sparsity": 0.5}),
+    ("w8a8", {}),
+    ("whitened-svd", {"keep": 0.5}),
+    ("wina", {"sparsity": 0.5}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="regular expression that a row's method must contain")
+    parser.add_argument("--out", default="methods", help="name of the results file")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    source = open_source(str(minilm()))
+    dense, tokenizer = source.load(), source.tokenizer()
+    first, second, _ = sts_pairs("train")
+    calibration = [*first, *second][:: 2 * len(first) // SENTENCES][:SENTENCES]
+    left, right, gold = (column[:PAIRS] for column in sts_pairs("test"))
+
+    def embedded(model: transformers.PreTrainedModel) -> torch.Tensor:
+        return sentence_embeddings(model, tokenizer, [*left, *right])
+
+    def quality(embeddings: torch.Tensor) -> float:
+        similarity = cosine_similarity(embeddings[: len(left)], embeddings[len(left) :], dim=-1)
+        return 100 * spearman(similarity.double().numpy(), gold)
+
+    reference = embedded(dense)
+    document: dict[str, Any] = {
+        "benchmark": "methods",
+        "model": {"name": "MiniLM-L6 (all-MiniLM-L6-v2)", "sha256": hash_model(dense)},
+        "protocol": {
+            "calibration": f"{SENTENCES} sentences of STS-B train",
+            "evaluation": f"first {PAIRS} pairs of STS-B test: Spearman x 100; mean cosine of embeddings to the dense ones",
+        },
+        "dense": {"spearman": quality(reference)},
+        "rows": [],
+    }
+    for name, settings in ROWS:
+        if not re.search(options.only, name):
+            continue
+        started = time.perf_counter()
+        recipe = {"method": {"method": name, **settings}, "calibration": {"samples": SENTENCES, "batch_size": 32}}
+        result = ffsplit.compress(
+            copy.deepcopy(dense), tokenizer, recipe=recipe, calibration=calibration, device="cpu", seed=0
+        )
+        seconds = time.perf_counter() - started
+        embeddings = embedded(result.model)
+        ffns = result.plan.ffns
+        row = {
+            "method": name,
+            "settings": settings,
+            "spearman": quality(embeddings),
+            "cosine": float(cosine_similarity(reference, embeddings, dim=-1).double().mean()),
+            "keep_ffn": result.plan.keep,
+            "bits_ffn": result.plan.bits,
+            "macs_ffn": sum(f.spec.macs for f in ffns) / sum(dense_spec(f.dense_shape).macs for f in ffns),
+            "seconds": round(seconds, 1),
+        }
+        document["rows"].append(row)
+        print(
+            f"{name:14s} {json.dumps(settings):60s} spearman {row['spearman']:6.2f} cosine {row['cosine']:.4f} "
+            f"keep {row['keep_ffn']:.3f} bits {row['bits_ffn']:6.3f} work {row['macs_ffn']:.3f} {seconds:.0f} s",
+            flush=True,
+        )
+        document["provenance"] = provenance(seed=0, data={"calibration": result.report["calibration"]["sha256"]})
+        write_result(options.out, document, options.folder)
+
+
+if __name__ == "__main__":
+    main()
