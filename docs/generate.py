@@ -41,6 +41,8 @@ The command line and recipes name a method by the first column: `ffsplit compres
 ```yaml
 method: {method: prune, keep: 0.75, score: leverage}
 ```
+
+Which papers these cover, and which are left out and why: [survey.md](survey.md).
 """
 
 STORED = """

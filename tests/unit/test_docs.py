@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from ffsplit.budget.registry import entries
 from ffsplit.ffn.projections import NM, Masked, Packed, Projection
 from ffsplit.methods.registry import methods
 from ffsplit.ops.rounding import encode, fit_grid
@@ -46,6 +47,23 @@ def test_methods_page_names_every_method_and_setting() -> None:
             row = re.search(rf"^\| `{setting}` \| .+ \| .+ \| (.*) \|$", section[1], re.MULTILINE)
             assert row is not None, f"{name}.{setting} has no line"
             assert row[1], f"{name}.{setting} has no meaning"
+
+
+def test_survey_names_every_method_and_points_to_no_other() -> None:
+    page = (DOCS / "survey.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\[`([\w-]+)`\]\(methods\.md#([\w-]+)\)", page)
+    assert all(name == anchor for name, anchor in linked)
+    assert {name for name, _ in linked} == set(entries())
+    assert page.count("methods.md#") == len(linked)
+
+
+def test_every_entry_of_the_survey_says_what_is_there() -> None:
+    page = (DOCS / "survey.md").read_text(encoding="utf-8")
+    rows = [row for row in re.findall(r"^\| (.+) \| (.+) \|$", page, re.MULTILINE) if row[0] not in ("entry", "---")]
+    assert len(rows) > 60
+    answers = ("**Yes**", "**In part**: ", "No: ", "No method of its own: ", "An analysis.", "Reading.")
+    assert [entry for entry, told in rows if not told.startswith(answers)] == []
+    assert [entry for entry, told in rows if told.startswith("**") and "](" not in told and "`" not in told] == []
 
 
 def test_a_note_that_quotes_an_absent_row_is_refused(generator: ModuleType) -> None:
