@@ -94,6 +94,16 @@ class LayerData:
         for chunk in self.inputs:
             yield chunk.to(device=self._device, dtype=self.ffn.up.dtype)
 
+    def targets(self) -> Iterator[tuple[Float[Tensor, "tokens d_model"], Float[Tensor, "tokens d_model"]]]:
+        """The inputs, one sequence at a time, and what a fit shall give for them before the output bias.
+
+        That is the dense FFN's outputs and the corrections.
+        """
+        corrections = iter(self.corrections) if self.corrections is not None else None
+        for x in self.chunks():
+            y = linear(self.ffn.hidden(x), self.ffn.down)
+            yield x, y if corrections is None else y + next(corrections).to(x)
+
     def refit_sums(
         self,
         hidden: Callable[[Float[Tensor, "tokens d_model"]], Float[Tensor, "tokens hidden"]],
@@ -107,12 +117,8 @@ class LayerData:
             DataError: a sum holds NaN or Inf.
         """
         sums: RefitSums | None = None
-        corrections = iter(self.corrections) if self.corrections is not None else None
-        for x in self.chunks():
-            y = linear(self.ffn.hidden(x), self.ffn.down)
-            if corrections is not None:
-                y = y + next(corrections).to(x)
-            h, y = hidden(x).double(), y.double()
+        for x, target in self.targets():
+            h, y = hidden(x).double(), target.double()
             if sums is None:
                 sums = RefitSums.zeros(h.shape[1], y.shape[1], self._device)
             add_gram(sums.gram, h)

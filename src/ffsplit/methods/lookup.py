@@ -88,13 +88,13 @@ def lookup(data: LayerData, config: LookupConfig) -> SumFFN:
     assert spec.lookup is not None
     module = _heavy_alone(data, config, spec)
     planes = _planes(data, config, spec.lookup.planes).to(data.ffn.up)
-    inputs = [chunk.to(data.ffn.up) for chunk in data.inputs]
     none = planes.new_zeros(len(planes))
     # The medians, so that every sign splits the tokens in halves.
-    offsets = torch.cat([projections(x, planes, none) for x in inputs]).median(0).values
-    index = torch.cat([buckets(projections(x, planes, offsets), config.hash_bits) for x in inputs])
+    offsets = torch.cat([projections(x, planes, none) for x in data.chunks()]).median(0).values
+    index = torch.cat([buckets(projections(x, planes, offsets), config.hash_bits) for x in data.chunks()])
+    bias = 0 if data.ffn.down_bias is None else data.ffn.down_bias
     with torch.no_grad():
-        left = torch.cat([data.ffn(x) - module(x) for x in inputs])
+        left = torch.cat([target + bias - module(x) for x, target in data.targets()])
     tables = backfit(left, index, 1 << config.hash_bits, config.shrink, config.rounds)
     module.lookup = Lookup(spec.lookup, planes, offsets, tables.flatten(0, 1))
     return module
