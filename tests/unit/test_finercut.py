@@ -189,6 +189,15 @@ def test_mask_gradients_leave_no_trace_and_do_not_mind_the_batching() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_mask_gradients_of_an_ffn_that_is_never_reached_are_refused() -> None:
+    """They must not be taken for the next one's."""
+    model = dense("llama")
+    scene = scene_of(model)
+    model.model.layers[1].mlp.forward = torch.zeros_like
+    with evaluating(model), pytest.raises(ModelError, match=r"layers\.1\.mlp.*never reached this FFN"):
+        mask_gradients(scene)
+
+
 @pytest.mark.parametrize("metric", ["loss", "mask-gradient"])
 @pytest.mark.parametrize("family", ["bert-mlm", "vit", "t5"])
 def test_a_loss_needs_a_language_model(metric: str, family: str) -> None:

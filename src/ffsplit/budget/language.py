@@ -85,14 +85,14 @@ def _batch_gradients(scene: Scene, replay: BlockReplay, index: int) -> list[list
             stack.callback(handle.remove)
         logits = scene.model(**batch).logits
     loss = next_token_losses(logits, batch["input_ids"], _real(batch, batch["input_ids"])).sum()
-    flat = torch.autograd.grad(loss, [mask for row in masks for mask in row])
-    found = iter(flat)
-    summed = [sum(next(found) for _ in row) for row in masks]  # a shared FFN runs more than once
-    return [
-        list(replay.rows(index, site, gradient))
-        for site, gradient in zip(scene.found.sites, summed, strict=True)
-        if isinstance(gradient, Tensor)
-    ]
+    found = iter(torch.autograd.grad(loss, [mask for row in masks for mask in row]))
+    gradients = []
+    for site, row in zip(scene.found.sites, masks, strict=True):
+        if not row:
+            raise ModelError(f"{site.name}: the calibration text never reached this FFN")
+        summed = torch.stack([next(found) for _ in row]).sum(0)  # a shared FFN runs more than once
+        gradients.append(list(replay.rows(index, site, summed)))
+    return gradients
 
 
 def _real(batch: dict[str, Tensor], ids: Tensor) -> Bool[Tensor, "batch tokens"]:
