@@ -85,6 +85,18 @@ def test_a_resumed_run_does_not_decide_again(decisions: list[list[float]], tmp_p
     assert len(decisions) == 1
 
 
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_size": 3}, {"fold_norms": True}])
+def test_measurements_of_another_run_are_not_taken(
+    decisions: list[list[float]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    stores: list[Path | None] = []
+    monkeypatch.setattr(Scene, "layers", lambda scene: stores.append(scene.store) or iter(()))
+    for options in ({}, {}, changed):
+        run(measured=tmp_path, **options)
+    assert stores[0] == stores[1] != stores[2]
+    assert all(store is not None and store.parent == tmp_path for store in stores)
+
+
 def test_what_cannot_work_is_refused_before_text_is_read(decisions: list[list[float]]) -> None:
     with pytest.raises(RecipeError, match="first=7: there are 2 FFNs"):
         ffsplit.compress(

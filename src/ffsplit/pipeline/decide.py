@@ -56,8 +56,12 @@ def _store(job: Job, log: Journal, measured: str | Path | None) -> Path:
         return log.folder("measured")
     identity = job.identity()
     parts = {name: identity[name] for name in ("model", "data", "dtype")}
-    if job.recipe.fold_norms:
-        parts["fold_norms"] = True  # the model's hash is that of the model as it came, and folding changes damages
+    # The model's hash is that of the model as it came, and folding changes damages; some candidates draw random numbers;
+    # measurements are of so many batches, and the data's hash does not tell their size.
+    settings = {"fold_norms": job.recipe.fold_norms, "seed": job.recipe.seed}
+    parts |= {name: value for name, value in settings.items() if value}
+    if job.recipe.calibration.batch_size > 1:
+        parts["batch_size"] = job.recipe.calibration.batch_size
     folder = Path(measured) / fingerprint(parts)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
