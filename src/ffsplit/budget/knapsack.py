@@ -14,6 +14,8 @@ from ffsplit.errors import BudgetError
 Rows = Sequence[Sequence[float]]
 GAP = 1e-6
 """Relative gap to the optimum at which the solver may stop; damages are not measured more exactly."""
+SLACK = 1e-6
+"""Share of the limit by which the solver may overspend without noticing."""
 
 
 def choose(damages: Rows, costs: Rows, limit: float) -> list[int]:
@@ -39,6 +41,23 @@ def choose(damages: Rows, costs: Rows, limit: float) -> list[int]:
     cheapest = sum(min((costs[n][i] for i in row), default=np.inf) for n, row in enumerate(usable))
     if cheapest > limit:
         raise BudgetError(f"the cheapest choices cost {cheapest:g} together and {limit:g} is allowed")
+    chosen = _solved(damages, costs, usable, limit)
+    if chosen is None:
+        raise BudgetError(f"the solver found no choice within {limit:g}")
+    if _total(costs, chosen) > limit:
+        # What the solver takes for within the limit may be a hair above it: the same hair below it.
+        chosen = _solved(damages, costs, usable, limit * (1 - 2 * SLACK))
+    if chosen is None or _total(costs, chosen) > limit:
+        return [_cheapest(damage, cost, np.inf) for damage, cost in zip(damages, costs, strict=True)]
+    return chosen
+
+
+def _total(costs: Rows, chosen: Sequence[int]) -> float:
+    return sum(row[index] for row, index in zip(costs, chosen, strict=True))
+
+
+def _solved(damages: Rows, costs: Rows, usable: Sequence[Sequence[int]], limit: float) -> list[int] | None:
+    """The best choice among the usable ones, up to the solver's tolerances; None if it finds none."""
     flat = [(layer, index) for layer, row in enumerate(usable) for index in row]
     damage = np.array([damages[layer][index] for layer, index in flat])
     cost = np.array([costs[layer][index] for layer, index in flat])
@@ -53,9 +72,7 @@ def choose(damages: Rows, costs: Rows, limit: float) -> list[int]:
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array((cost / scale)[None]), -np.inf, 1)],
         options={"mip_rel_gap": GAP},
     )
-    if solved.x is None:
-        raise BudgetError(f"no choice was found within {limit:g}: {solved.message}")
-    return [flat[position][1] for position in np.flatnonzero(solved.x > 0.5)]
+    return None if solved.x is None else [flat[position][1] for position in np.flatnonzero(solved.x > 0.5)]
 
 
 def front(damages: Rows, costs: Rows) -> list[list[int]]:
