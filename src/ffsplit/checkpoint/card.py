@@ -32,7 +32,7 @@ def model_card(result_report: Mapping[str, Any], plan: Plan, recipe_yaml: str, b
     sections = [
         _header(base_model),
         _opening(base_model, stock),
-        "## What was done\n\n" + "\n".join([_budget_table(result_report, plan), "", *_structure(plan)]),
+        "## What was done\n\n" + _done(result_report, plan),
         "## Loading\n\n" + _loading(stock),
         "## Calibration\n\n" + _calibration(result_report),
         "## Limits\n\n" + _limits(result_report, plan),
@@ -68,6 +68,10 @@ def _opening(base_model: str, stock: bool) -> str:
     return f"{title}\n\n{dense} compressed with `ffsplit` (after [FFSplit]({_PAPER})). {needs}."
 
 
+def _done(report: Mapping[str, Any], plan: Plan) -> str:
+    return "\n".join([_budget_table(report, plan), "", *_structure(plan), *_decision(report)])
+
+
 def _budget_table(report: Mapping[str, Any], plan: Plan) -> str:
     budget = report.get("budget") or {}
     rows = [
@@ -88,6 +92,18 @@ def _structure(plan: Plan) -> list[str]:
         f"* {count} {'FFN' if count == 1 else 'FFNs'}, {f'method `{method}`' if method else 'untouched'}: {structure}."
         for (method, structure), count in counts.most_common()
     ]
+
+
+def _decision(report: Mapping[str, Any]) -> list[str]:
+    """What the allocator compared, if it decided."""
+    plans = ((report.get("decision") or {}).get("allocation") or {}).get("plans") or ()
+    kinds = {"allocation": "chosen layer by layer", "uniform": "the same for all layers"}
+    told = []
+    for plan in plans:
+        measured = plan["measured_damage"]
+        outcome = "" if measured is None else f", measured {measured:.4g}"
+        told.append(f"{kinds[plan['plan']]} ({plan['cost']}) predicted {plan['predicted_damage']:.4g}{outcome}")
+    return [f"* Decided by measuring. Damage to the final answers: {'; '.join(told)}."] if told else []
 
 
 def _loading(stock: bool) -> str:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,38 @@ NAME_ROOM = 20
 """What is added to the output's name for the journal and for the directory under way."""
 
 
-def check_budget(keep: float | None, bits: float | None, sparsity: float | None = None) -> None:
-    """At most one budget, in range.
+def check_budget(
+    keep: float | None, bits: float | None, sparsity: float | None = None, budgets: Sequence[str] = ()
+) -> None:
+    """At most one budget, in range; what those in words mean is looked at later.
 
     Raises:
         RecipeError: several are given, or one is out of range.
     """
     given = [name for name, value in (("keep", keep), ("bits", bits), ("sparsity", sparsity)) if value is not None]
-    if len(given) > 1:
-        raise RecipeError(f"give one budget, {' or '.join(f'--{name}' for name in given)}, not both")
+    if len(given) > 1 or (given and budgets):
+        options = [f"--{name}" for name in given] + [f"--budget {words}" for words in budgets]
+        raise RecipeError(f"give one budget, {' or '.join(options)}, not both")
+    if len(budgets) > 1:
+        raise RecipeError(f"{' '.join(f'--budget {words}' for words in budgets)}: one checkpoint has one budget")
     if keep is not None and not 0 < keep <= 1:
         raise RecipeError(f"--keep {keep}: must be above 0 and at most 1 (share of the FFN parameters that stay)")
     if bits is not None and not 0 < bits <= 16:
         raise RecipeError(f"--bits {bits}: must be above 0 and at most 16 (stored bits per FFN weight)")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise RecipeError(f"--sparsity {sparsity}: must be at least 0 and below 1 (share of work left out at run time)")
+
+
+def names(listed: str | None) -> list[str]:
+    """The names of a list such as ``a,b,c``.
+
+    Raises:
+        RecipeError: there is none in it.
+    """
+    found = [] if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
+    if listed is not None and not found:
+        raise RecipeError(f"--methods {listed!r}: name at least one method, such as prune,quantize")
+    return found
 
 
 def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:

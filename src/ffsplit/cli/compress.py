@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +12,31 @@ from ffsplit.cli import checks, options
 from ffsplit.cli.console import print_json, quiet, say
 from ffsplit.cli.progress import reporting
 from ffsplit.cli.report import compression_document, show_compression
+from ffsplit.cli.resuming import resumable
 
 if TYPE_CHECKING:
     from ffsplit.pipeline.recipe import Recipe
 
-RecipeName = Annotated[str, typer.Option("--recipe", help="A method, a preset, or a .yaml file.", metavar="NAME|FILE")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="A method, a preset, or a .yaml file.",
+        metavar="NAME|FILE",
+        show_default="ffsplit; auto with --budget or --methods",
+    ),
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        help="Budget of any kind: keep=0.6, bits=3.2, bytes=80MB, flops=0.6, latency=0.7x@tokens=1.",
+        metavar="KIND=VALUE",
+    ),
+]
+Methods = Annotated[
+    str | None, typer.Option("--methods", help="What the recipe auto chooses from, layer by layer.", metavar="A,B,...")
+]
 Keep = Annotated[float | None, typer.Option("--keep", help="Budget: share of the FFN parameters that stay.")]
 Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits per FFN weight, all counted.")]
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Budget: share of work left out at run time.")]
@@ -36,7 +54,9 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not reload and c
 def compress(
     model: options.Model,
     out: options.Out,
-    recipe: RecipeName = "ffsplit",
+    recipe: RecipeName = None,
+    budget: Budget = None,
+    methods: Methods = None,
     keep: Keep = None,
     bits: Bits = None,
     sparsity: Sparsity = None,
@@ -60,7 +80,7 @@ def compress(
     A killed run goes on where it stopped when the same command is repeated.
     """
     checks.check_output(out, overwrite=overwrite)
-    checks.check_budget(keep, bits, sparsity)
+    checks.check_budget(keep, bits, sparsity, budget or ())
     checks.check_model_name(model)
     if cache_dir is not None:
         checks.check_writable(cache_dir.absolute())
@@ -69,11 +89,21 @@ def compress(
     weights = checks.torch_dtype(dtype)
     place = checks.torch_device(device)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
-    budget = {"keep": keep, "bits": bits, "sparsity": sparsity}
-    resolved = _recipe(recipe, budget, asked, seed, fold_norms or None)
+    given = {name: value for name, value in asked.items() if value is not None}
+    resolved = recipe_of(
+        recipe,
+        keep=keep,
+        bits=bits,
+        sparsity=sparsity,
+        budget=budget[0] if budget else None,
+        methods=checks.names(methods),
+        calibration=given,
+        seed=seed,
+        fold_norms=fold_norms or None,
+    )
     target = out.resolve()
     journal = target.with_name(f"{target.name}.ffsplit-journal")
-    with quiet(), reporting() as report, _resumable(journal):
+    with quiet(), reporting() as report, resumable(journal):
         from ffsplit.checkpoint.save import save
         from ffsplit.pipeline.compress import compress as run
 
@@ -96,39 +126,10 @@ def compress(
         show_compression(result, saved)
 
 
-def _recipe(
-    name: str, budget: dict[str, float | None], asked: dict[str, Any], seed: int | None, fold_norms: bool | None
-) -> Recipe:
+def recipe_of(name: str | None, **asked: Any) -> Recipe:
     """The recipe with the command line's values on top, its text already tried."""
     from ffsplit.pipeline.recipe import load_recipe
 
-    given = {key: value for key, value in asked.items() if value is not None}
-    recipe = load_recipe(name, **budget, calibration=given, seed=seed, fold_norms=fold_norms)
+    recipe = load_recipe(name, **asked)
     checks.check_text(recipe.calibration.source, recipe.calibration.field, "calibration")
     return recipe
-
-
-@contextmanager
-def _resumable(journal: Path) -> Iterator[None]:
-    """Say what an earlier run left, and after an interruption what this one leaves: nothing, if nothing was done."""
-    if finished := _finished(journal):
-        say(f"resuming: {finished} FFNs are done already ({journal})")
-    elif _worth_keeping(journal):
-        say(f"resuming: measurements are there already ({journal})")
-    try:
-        yield
-    except BaseException as error:
-        if not _worth_keeping(journal):
-            shutil.rmtree(journal, ignore_errors=True)
-        elif isinstance(error, KeyboardInterrupt):
-            say(f"what is finished is kept in {journal}: repeat the same command to go on")
-        raise
-
-
-def _finished(journal: Path) -> int:
-    return len(list(journal.rglob("ffn-*.safetensors")))
-
-
-def _worth_keeping(journal: Path) -> bool:
-    """Whether there is anything but the identity of a run: finished FFNs, or a planner's measurements."""
-    return any(file.is_file() and file.name != "journal.json" for file in journal.rglob("*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ffsplit.cli.allocation import show_allocation
 from ffsplit.cli.tables import line, percent, show, show_facts, size
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def show_compression(result: CompressionResult, saved: SavedCheckpoint) -> None:
     report = result.report
     show_facts("Coverage", _coverage(report["coverage"]))
     show_facts("Budget", _budget(report["budget"]))
+    if allocation := report.get("decision", {}).get("allocation"):
+        show_allocation(allocation)
     show_layers(report["layers"])
     show_facts("Checkpoint", _checkpoint(result, saved))
     for text in loading_lines(result, saved):

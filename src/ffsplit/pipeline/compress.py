@@ -40,10 +40,12 @@ def compress(
     model: PreTrainedModel | str | Path,
     tokenizer: Any | None = None,
     *,
-    recipe: str | Path | dict[str, Any] | Recipe = "ffsplit",
+    recipe: str | Path | dict[str, Any] | Recipe | None = None,
     keep: float | None = None,
     bits: float | None = None,
     sparsity: float | None = None,
+    budget: str | None = None,
+    methods: Sequence[str] = (),
     calibration: CalibrationInput | Path | None = None,
     field: str | None = None,
     samples: int | None = None,
@@ -63,10 +65,14 @@ def compress(
     Args:
         model: a loaded model, whose FFNs are replaced in place, or a hub id, folder or GGUF file to load.
         tokenizer: for text; None loads the one beside a model given by name.
-        recipe: a method's name, a preset, a YAML file, or plain values.
+        recipe: a method's name, a preset, a YAML file, or plain values; None means `ffsplit`, or `auto` if ``budget``
+            or ``methods`` are given.
         keep: budget: share of the FFN parameters that stay.
         bits: budget: average stored bits per FFN weight, scales and zeros included.
         sparsity: budget: share of activations or tokens that are left out at run time.
+        budget: any of them, or one of the whole model, as words: ``keep=0.6``, ``bytes=80MB``,
+            ``flops=0.6``, ``latency=0.7x@tokens=1``.
+        methods: names of what `auto` chooses from, layer by layer.
         calibration: a source of text, texts, a tensor of token ids ``[samples, seq_len]``, or ready-made batches.
         field: column of a structured source.
         samples: calibration windows (documents for encoders).
@@ -94,7 +100,15 @@ def compress(
     if isinstance(calibration, str):
         overrides["source"] = calibration
     resolved = load_recipe(
-        recipe, keep=keep, bits=bits, sparsity=sparsity, calibration=overrides, seed=seed, fold_norms=fold_norms
+        recipe,
+        keep=keep,
+        bits=bits,
+        sparsity=sparsity,
+        budget=budget,
+        methods=methods,
+        calibration=overrides,
+        seed=seed,
+        fold_norms=fold_norms,
     )
     if isinstance(model, str | Path):
         model, tokenizer = _load(str(model), tokenizer, resolved, dtype)

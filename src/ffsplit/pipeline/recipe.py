@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from ffsplit.budget.registry import Decision, PlannerConfig, entries, entry_config, get_entry
+from ffsplit.budget.words import parse_budget
 from ffsplit.errors import RecipeError
 from ffsplit.methods.registry import MethodConfig, explain, nearest
 
@@ -19,7 +21,8 @@ BUDGETS = {
     "bits": "stored bits per FFN weight",
     "sparsity": "share of activations or tokens left out at run time, 0 to 1",
 }
-BUDGET_FIELDS = frozenset({*BUDGETS, "code_bits", "width", "bytes", "flops", "latency"})
+WHOLE_MODEL = ("bytes", "flops", "latency")
+BUDGET_FIELDS = frozenset({*BUDGETS, *WHOLE_MODEL, "code_bits", "width"})
 DEFAULT_DOCUMENTS = 1024
 """Calibration sequences of a model that reads documents, unless a number is asked for: these are short,
 and a fit over thousands of neurons needs tens of thousands of tokens."""
@@ -176,11 +179,13 @@ def parse_indices(text: str, count: int) -> list[int]:
 
 
 def load_recipe(
-    recipe: str | Path | dict[str, Any] | Recipe = "ffsplit",
+    recipe: str | Path | dict[str, Any] | Recipe | None = None,
     *,
     keep: float | None = None,
     bits: float | None = None,
     sparsity: float | None = None,
+    budget: str | None = None,
+    methods: Sequence[str] = (),
     calibration: dict[str, Any] | None = None,
     seed: int | None = None,
     fold_norms: bool | None = None,
@@ -188,10 +193,12 @@ def load_recipe(
     """A recipe from a method's name, a preset's name, a YAML file or plain values, with the caller's values on top.
 
     Args:
-        recipe: where to start from.
+        recipe: where to start from; None means `auto` if ``budget`` or ``methods`` are given, else `ffsplit`.
         keep: budget, share of FFN parameters that stay; replaces the recipe's.
         bits: budget, stored bits per FFN weight; replaces the recipe's.
         sparsity: budget, share of activations or tokens left out at run time; replaces the recipe's.
+        budget: any kind of budget as words, such as ``keep=0.6`` or ``latency=0.7x@tokens=1``; replaces the recipe's.
+        methods: names that `auto` chooses from; replace the recipe's.
         calibration: fields of :class:`Calibration` that replace the recipe's.
         seed: replaces the recipe's.
         fold_norms: replaces the recipe's.
@@ -199,19 +206,15 @@ def load_recipe(
     Raises:
         RecipeError: unknown name, key or value; or a budget that the method does not take.
     """
-    if isinstance(recipe, Recipe):
-        # A default that nobody asked for stays one: the window length then gives way to what the model can take.
-        asked = recipe.calibration.model_dump(mode="json", exclude_unset=True)
-        values = {**recipe.model_dump(mode="json"), "calibration": asked}
-    elif isinstance(recipe, dict):
-        values = dict(recipe)
-    else:
-        values = _named_or_file(str(recipe))
+    if recipe is None:
+        recipe = "auto" if budget is not None or methods else "ffsplit"
+    values = _start(recipe)
     method = values.get("method")
     if isinstance(method, str):
         method = {"method": method}
     if isinstance(method, dict):
-        values["method"] = _with_budget(dict(method), {"keep": keep, "bits": bits, "sparsity": sparsity})
+        asked: dict[str, float | str | None] = {"keep": keep, "bits": bits, "sparsity": sparsity}
+        values["method"] = _with_budget(_with_methods(method, methods), _one_budget(asked, budget))
     if calibration:
         stated = values.get("calibration") or {}
         if not isinstance(stated, dict):
@@ -224,16 +227,51 @@ def load_recipe(
         raise RecipeError(explain(error, Recipe, "recipe")) from error
 
 
-def _with_budget(method: dict[str, Any], asked: dict[str, float | None]) -> dict[str, Any]:
-    """The method's values with the caller's budget in place of its own, or with the default if there is none."""
+def _start(recipe: str | Path | dict[str, Any] | Recipe) -> dict[str, Any]:
+    """The plain values of a recipe, wherever it comes from."""
+    if isinstance(recipe, Recipe):
+        # A default that nobody asked for stays one: the window length then gives way to what the model can take.
+        asked = recipe.calibration.model_dump(mode="json", exclude_unset=True)
+        return {**recipe.model_dump(mode="json"), "calibration": asked}
+    return dict(recipe) if isinstance(recipe, dict) else _named_or_file(str(recipe))
+
+
+def _one_budget(asked: Mapping[str, float | str | None], words: str | None) -> dict[str, float | str]:
+    """The budget that the caller gave in one way or another, if any.
+
+    Raises:
+        RecipeError: there are several, or the words are none.
+    """
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) > 1:
         raise RecipeError(f"give one budget, {' or '.join(given)}, not both")
+    if words is None:
+        return given
+    if given:
+        raise RecipeError(f"give one budget, {next(iter(given))} or budget={words!r}, not both")
+    kind, value = parse_budget(words)
+    return {kind: value}
+
+
+def _with_methods(method: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The method's values with what it shall choose from."""
+    if not names:
+        return dict(method)
     chosen = get_entry(str(method.get("method")))
+    if "methods" not in chosen.config.model_fields:
+        raise RecipeError(f"method {chosen.name} does not choose from methods; auto does")
+    return {**method, "methods": list(names)}
+
+
+def _with_budget(method: dict[str, Any], given: Mapping[str, float | str]) -> dict[str, Any]:
+    """The method's values with the caller's budget in place of its own, or with the default if there is none."""
+    chosen = get_entry(str(method.get("method")))
+    # Budgets of a whole model, such as bytes, are fields of planners that know what these cost.
+    takes = [*chosen.budget, *(kind for kind in WHOLE_MODEL if kind in chosen.config.model_fields)]
     for name, value in given.items():
-        if name not in chosen.budget:
-            takes = f"its budget is {' or '.join(chosen.budget)}" if chosen.budget else "it has no budget"
-            raise RecipeError(f"method {chosen.name} takes no {name}; {takes}")
+        if name not in takes:
+            its = f"its budget is {' or '.join(takes)}" if takes else "it has no budget"
+            raise RecipeError(f"method {chosen.name} takes no {name}; {its}")
         method = {key: old for key, old in method.items() if key not in BUDGET_FIELDS} | {name: value}
     if chosen.budget and not chosen.config.budget_is_optional and not BUDGET_FIELDS & method.keys():
         if "bits" not in chosen.budget:
