@@ -56,8 +56,8 @@ def _store(job: Job, log: Journal, measured: str | Path | None) -> Path:
         return log.folder("measured")
     identity = job.identity()
     parts = {name: identity[name] for name in ("model", "data", "dtype")}
-    # The model's hash is that of the model as it came, and folding changes damages; some candidates draw random numbers;
-    # measurements are of so many batches, and the data's hash does not tell their size.
+    # The model's hash is that of the model as it came, and folding changes damages. Some methods draw random numbers.
+    # Measurements are of so many batches, and the data's hash does not tell their size.
     settings = {"fold_norms": job.recipe.fold_norms, "seed": job.recipe.seed}
     parts |= {name: value for name, value in settings.items() if value}
     if job.recipe.calibration.batch_size > 1:
