@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import ffsplit
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.calibrate.layer import LayerData
+from ffsplit.checkpoint.decompress import _full_width
 from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.ffn.projections import Dense, LowRank
 from ffsplit.ffn.shape import FFNShape
@@ -223,6 +226,14 @@ def test_a_dropped_ffn_is_stored_and_loud(
     monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "ffsplit")
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
         type(result.model).from_pretrained(saved.directory)
+
+
+def test_dense_weights_of_a_dropped_ffn_are_where_it_was() -> None:
+    """The meta device stands for any other than the CPU."""
+    result = compressed("llama", "drop", {"replacement": "nothing"})
+    result = replace(result, model=copy.deepcopy(result.model).to("meta"))
+    weights = _full_width(result.model, tiny("llama"), result.sites[0])
+    assert {tensor.device.type for tensor in weights.tensors().values()} == {"meta"}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])

@@ -130,7 +130,9 @@ class LatencyCost(Cost):
 def timed(scene: Scene, specs: Sequence[SumSpec], layer: int, tokens: int) -> list[float]:
     """Median seconds of a forward of each structure, with made-up numbers, taken in turns on the scene's device."""
     dtype, device = scene.model.dtype, scene.device
-    modules = [SumFFN.empty(spec, scene.act(layer), dtype, device).requires_grad_(False).eval() for spec in specs]
+    made = (SumFFN.empty(spec, scene.act(layer), dtype, device) for spec in specs)
+    # Moved once more: an activation with a parameter comes from wherever the model is.
+    modules = [module.to(device).requires_grad_(False).eval() for module in made]
     for module in modules:
         _fill(module)
     x = torch.randn(tokens, scene.shapes[layer].d_model, dtype=dtype, device=device)

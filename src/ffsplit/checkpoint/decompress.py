@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ffsplit.checkpoint.quantizer import FFSplitStorageConfig, localize
@@ -63,7 +65,10 @@ def _full_width(model: PreTrainedModel, skeleton: PreTrainedModel, site: FFNSite
     module = model.get_submodule(site.name)
     assert isinstance(module, SumFFN)
     dtype = next(model.parameters()).dtype
-    ffn = module.to_weights(dtype) if len(module.branches) else _no_neurons(module, skeleton, site, dtype)
+    if len(module.branches):
+        ffn = module.to_weights(dtype)
+    else:
+        ffn = _no_neurons(module, skeleton, site, model.get_buffer(f"{site.down}.weight").to(dtype))
     missing = site.d_ff - ffn.d_ff
 
     def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -75,18 +80,20 @@ def _full_width(model: PreTrainedModel, skeleton: PreTrainedModel, site: FFNSite
     return FFNWeights(up, down, ffn.act, rows(ffn.gate), rows(ffn.up_bias), rows(ffn.gate_bias), ffn.down_bias)
 
 
-def _no_neurons(module: SumFFN, skeleton: PreTrainedModel, site: FFNSite, dtype: torch.dtype) -> FFNWeights:
-    """A dropped FFN."""
+def _no_neurons(
+    module: SumFFN, skeleton: PreTrainedModel, site: FFNSite, like: Float[Tensor, "d_model 0"]
+) -> FFNWeights:
+    """A dropped FFN, in the dtype and on the device of its tripwire ``like``."""
     if module.lookup is not None:
         raise ModelError(f"{site.name}: lookup tables cannot be written as dense weights")
     if module.skip is not None:
         raise ModelError(f"{site.name}: an FFN that works for some tokens only cannot be written as dense weights")
     if module.linear is not None:
         raise ModelError(f"{site.name}: a linear map cannot be written as dense up/gate/down weights")
-    up = torch.zeros(0, site.d_model, dtype=dtype)
+    up = like.new_zeros(0, site.d_model)
     return FFNWeights(
         up=up,
-        down=torch.zeros(site.d_model, 0, dtype=dtype),
+        down=like.new_zeros(site.d_model, 0),
         act=activation(skeleton, site),
         gate=up if site.gated else None,
         down_bias=module.bias,
