@@ -140,6 +140,8 @@ def mixed_widths(data: LayerData, values: Mapping[str, Any], targets: Sequence[f
     cost = {bits: _bits_of(shape, base, {bits: shape.d_ff}) for bits in WIDTHS}
     error = {bits: _rounding_error(data, base, bits) for bits in WIDTHS}
     energy = neuron_scores(data, base.score).square().cpu()
+    told, least = json.dumps(dict(values), sort_keys=True), min(WIDTHS)
+    yield Candidate(f"{told}, {least} bits for all", base.model_copy(update={"neurons": {least: shape.d_ff}}))
     for target in targets:
         allowed = target
         for _ in range(TRIES):
@@ -150,8 +152,7 @@ def mixed_widths(data: LayerData, values: Mapping[str, Any], targets: Sequence[f
             # Every width has scales of its own, which the cost of a neuron alone does not show.
             excess = _bits_of(shape, base, neurons) - target
             if excess <= 0:
-                label = f"{json.dumps(dict(values), sort_keys=True)} at {target} bits"
-                yield Candidate(label, base.model_copy(update={"neurons": neurons}))
+                yield Candidate(f"{told} at {target} bits", base.model_copy(update={"neurons": neurons}))
                 break
             allowed -= excess
 
