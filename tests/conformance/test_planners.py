@@ -22,9 +22,10 @@ from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.batches import make_batches
 from ffsplit.calibrate.gradients import collect_gradients
 from ffsplit.families import find_ffns
+from ffsplit.families.forward import evaluating
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
-from ffsplit.pipeline.compress import evaluating, shapes_of
+from ffsplit.pipeline.compress import shapes_of
 from ffsplit.pipeline.plan import make_plan
 from tests.conformance.test_methods import assert_same, ids, label, logits
 from tests.tiny import tiny

@@ -13,8 +13,9 @@ import ffsplit
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import DataError, ModelError
 from ffsplit.families import read
+from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.pipeline.compress import default_device, evaluating
+from ffsplit.pipeline.compress import default_device
 from ffsplit.pipeline.fit import cache_home
 from ffsplit.pipeline.recipe import Recipe
 from tests.tiny import tiny
@@ -182,7 +183,7 @@ def test_modes_are_put_back_after_a_failure() -> None:
     model = tiny("llama").train()
 
     def fail() -> None:
-        with evaluating(model):
+        with evaluating(model), without_cache(model):
             assert not model.training
             assert not model.config.use_cache
             raise ZeroDivisionError

@@ -12,7 +12,7 @@ from ffsplit.calibrate.cache import TensorCache
 from ffsplit.calibrate.drift import DriftMeter, adds_its_output
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.families import find_ffns, read
-from ffsplit.pipeline.compress import evaluating
+from ffsplit.families.forward import evaluating
 from tests.tiny import tiny
 from tests.unit.evaluate_helpers import build
 from tests.unit.family_batches import Batch, family_batches

@@ -17,9 +17,10 @@ from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.batches import make_batches
 from ffsplit.errors import BudgetError, ModelError, RecipeError
 from ffsplit.families import find_ffns
+from ffsplit.families.forward import evaluating
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ops.importance import cosine_distance, relative_update
-from ffsplit.pipeline.compress import evaluating, shapes_of
+from ffsplit.pipeline.compress import shapes_of
 from tests.conformance.test_methods import ids
 from tests.conformance.test_planners import dense, scene_of
 from tests.tiny import tiny

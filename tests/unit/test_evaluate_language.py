@@ -11,8 +11,9 @@ from ffsplit.calibrate.tokens import TokenWindows, tokenize_documents
 from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate import scoring
 from ffsplit.evaluate.agreement import compare_language_models
-from ffsplit.evaluate.logits import LogitReader, evaluating
+from ffsplit.evaluate.logits import LogitReader
 from ffsplit.evaluate.perplexity import perplexity
+from ffsplit.families.forward import evaluating
 from ffsplit.ops.divergence import kl_divergence
 from tests.unit.evaluate_helpers import VOCABULARY, build, byte_tokenizer, disturbed, tiny_llama
 

@@ -13,10 +13,10 @@ from ffsplit.budget.ffn_skip import FFNSkipConfig, check, ffn_skip, saturated_re
 from ffsplit.budget.registry import entry_config
 from ffsplit.errors import BudgetError, ModelError, RecipeError
 from ffsplit.families import find_ffns
+from ffsplit.families.forward import evaluating
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.skip_gate import SkipGateConfig
-from ffsplit.pipeline.compress import evaluating
 from tests.conformance.test_methods import ids, logits
 from tests.conformance.test_planners import dense, scene_of
 from tests.unit.test_dropping import streams

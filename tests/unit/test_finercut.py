@@ -25,9 +25,9 @@ from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import ModelError, ResumeError
 from ffsplit.families import find_ffns
 from ffsplit.families.blocks import Block
+from ffsplit.families.forward import evaluating
 from ffsplit.methods.drop import DropConfig
 from ffsplit.ops.divergence import js_divergence, kl_divergence
-from ffsplit.pipeline.compress import evaluating
 from tests.conformance.test_methods import ids, logits
 from tests.conformance.test_planners import LAYERS, dense, scene_of
 from tests.unit.test_dropping import family_scene

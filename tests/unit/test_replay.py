@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ffsplit.calibrate.cache import TensorCache
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.families import FFNs, find_ffns
-from ffsplit.pipeline.compress import evaluating
+from ffsplit.families.forward import evaluating
 from tests.tiny import tiny
 from tests.unit.family_batches import FAMILIES, SEQ2SEQ, WHOLE, Batch, family_batches, padding_mask, token_ids
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.hidden_states import last_states
 from ffsplit.evaluate.kinds import ModelKind, model_kind
-from ffsplit.evaluate.logits import device_of, evaluating
+from ffsplit.evaluate.logits import device_of
+from ffsplit.families.forward import evaluating
 from ffsplit.timing import Clock, medians, synchronize
 
 

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.hidden_states import last_states
-from ffsplit.evaluate.logits import device_of, evaluating
+from ffsplit.evaluate.logits import device_of
 from ffsplit.evaluate.scoring import Progress
+from ffsplit.families.forward import evaluating
 
 
 @dataclass(frozen=True)

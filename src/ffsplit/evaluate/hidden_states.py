@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ffsplit.calibrate.tokens import TokenWindows, check_fits
 from ffsplit.errors import DataError, ModelError
-from ffsplit.evaluate.logits import call, device_of, evaluating
+from ffsplit.evaluate.logits import call, device_of
 from ffsplit.evaluate.scoring import Progress
+from ffsplit.families.forward import evaluating
 
 
 @dataclass(frozen=True)

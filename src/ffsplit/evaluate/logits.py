@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +69,6 @@ def device_of(model: PreTrainedModel) -> torch.device:
     """Where token ids go: the device of the input embedding, also when a model is spread over several."""
     device: torch.device = model.get_input_embeddings().weight.device
     return device
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put the models into evaluation mode, and every one of their modules back into its own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def call(module: nn.Module, inputs: Mapping[str, Any]) -> Any:

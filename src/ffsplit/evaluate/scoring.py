@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ffsplit.errors import DataError, ModelError
-from ffsplit.evaluate.logits import CHUNK_ELEMENTS, LogitReader, Query, evaluating, pieces
+from ffsplit.evaluate.logits import CHUNK_ELEMENTS, LogitReader, Query, pieces
+from ffsplit.families.forward import evaluating
 from ffsplit.ops.divergence import kl_divergence
 
 Progress: TypeAlias = Callable[[str, int, int], None]

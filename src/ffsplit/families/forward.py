@@ -19,16 +19,31 @@ W = TypeVar("W", bound=AbstractContextManager[Any])
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; afterwards every module trains, or not, as before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards every module trains, or not, as before. One put in meanwhile follows its model."""
+    modes = [(model, {name: module.training for name, module in model.named_modules()}) for model in models]
+    for model in models:
+        model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
+        for model, training in modes:
+            for name, module in model.named_modules():
+                module.training = training.get(name, training[""])
+
+
+@contextmanager
+def without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """No key-value cache unless a call asks for one; the setting is put back."""
+    use_cache = getattr(model.config, "use_cache", None)
+    if use_cache is None:
+        yield
+        return
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
 
 
 def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs | None = None) -> dict[str, W]:
@@ -46,7 +61,7 @@ def drive(model: PreTrainedModel, watch: Callable[[Inputs], W], inputs: Inputs |
         ModelError: neither the model nor any of its sub-models could be run.
     """
     failures: list[str] = []
-    with evaluating(model), skeleton(model):
+    with evaluating(model), torch.no_grad(), skeleton(model):
         watchers = _drive(model, "", watch, inputs, failures)
     if not watchers:
         place = " on the meta device (without weights)" if model.device.type == "meta" else ""

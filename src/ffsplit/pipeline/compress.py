@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,7 @@ from ffsplit.calibrate.batches import Batches, CalibrationInput, is_causal, make
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, check_dtypes, check_finite, find_ffns, read, verify
+from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.families.norms import fold_norms as fold
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
@@ -116,7 +117,7 @@ def compress(
         raise ModelError(f"model is a {type(model).__name__}; it must be a transformers model, or the name of one")
     source = calibration if calibration is not None else resolved.calibration.source
     where = torch.device(device) if device is not None else default_device()
-    with evaluating(model):
+    with evaluating(model), without_cache(model):
         job = _prepare(model, tokenizer, resolved, source, where, progress)
         seconds = _timed_run(job, journal, cache_dir, measured)
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
@@ -143,23 +144,6 @@ def default_device() -> torch.device:
     """The accelerator of this machine, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None and found.type != "mps" else torch.device("cpu")
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no key-value cache while a model is worked on; both are put back."""
-    training = {name: module.training for name, module in model.named_modules()}
-    use_cache = getattr(model.config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():  # a module that was put in meanwhile follows the model
-            module.training = training.get(name, training[""])
-        if use_cache is not None:
-            model.config.use_cache = use_cache
 
 
 def _load(name: str, tokenizer: Any | None, recipe: Recipe, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:

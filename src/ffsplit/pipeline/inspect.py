@@ -20,8 +20,9 @@ from ffsplit.calibrate.statistics import FFNStatistics, collect
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, FFNSite, find_ffns, read, verify
+from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.ops.scores import output_norm
-from ffsplit.pipeline.compress import default_device, evaluating, refuse_compressed
+from ffsplit.pipeline.compress import default_device, refuse_compressed
 from ffsplit.pipeline.footprint import Footprint, footprint
 from ffsplit.pipeline.load import Source, open_source
 from ffsplit.pipeline.recipe import Calibration
@@ -183,6 +184,7 @@ def concentrations(
     measured: list[Concentration] = []
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(torch.no_grad())
         cache = stack.enter_context(TensorCache())
         replay = BlockReplay(model, data.batches, cache, device, progress)
