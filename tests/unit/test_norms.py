@@ -19,6 +19,7 @@ from ffsplit.families import norms
 from ffsplit.families.norms import fold_norms
 from ffsplit.pipeline.decide import _store
 from ffsplit.pipeline.journal import Journal
+from ffsplit.pipeline.recipe import load_recipe
 from tests.conformance.test_methods import ids, logits
 from tests.tiny import tiny
 from tests.unit.cli_fixtures import Call
@@ -246,7 +247,7 @@ def test_a_resumed_run_folds_again(tmp_path: Path) -> None:
 def test_measurements_of_a_folded_model_are_kept_apart(tmp_path: Path) -> None:
     def folder(fold: bool) -> Path:
         identity = {"model": "m", "data": "d", "dtype": "torch.float32"}
-        job: Any = SimpleNamespace(identity=lambda: identity, recipe=SimpleNamespace(fold_norms=fold))
+        job: Any = SimpleNamespace(identity=lambda: identity, recipe=load_recipe("prune", keep=0.5, fold_norms=fold))
         return _store(job, Journal(tmp_path / "journal", {}), tmp_path / "measured")
 
     assert folder(False) == folder(False) != folder(True)
