@@ -15,7 +15,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from ffsplit.budget.registry import entries
-from ffsplit.ffn.projections import NM, Masked, Packed, Projection
+from ffsplit.ffn.lookup import LookupSpec
+from ffsplit.ffn.projections import NM, STORAGES, Masked, Packed, Projection
+from ffsplit.ffn.selectors import SELECTORS
+from ffsplit.ffn.skips import SkipSpec
+from ffsplit.ffn.spec import SumSpec
+from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import methods
 from ffsplit.ops.rounding import encode, fit_grid
 from ffsplit.ops.sparsity import n_m_mask, rows_mask
@@ -47,6 +52,22 @@ def test_methods_page_names_every_method_and_setting() -> None:
             row = re.search(rf"^\| `{setting}` \| .+ \| .+ \| (.*) \|$", section[1], re.MULTILINE)
             assert row is not None, f"{name}.{setting} has no line"
             assert row[1], f"{name}.{setting} has no meaning"
+
+
+def test_the_architecture_tells_what_sum_every_method_is() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*) \|", page.split("## The way of the data")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} - {"keep", "bits"} == set(entries())
+
+
+def test_checkpoint_page_names_every_kind_and_tensor() -> None:
+    page = (DOCS / "checkpoint.md").read_text(encoding="utf-8")
+    kinds = [spec.model_fields["kind"].default for spec in (*STORAGES, *SELECTORS)]
+    assert [kind for kind in kinds if f"| `{kind}` |" not in page] == []
+    lookup = LookupSpec(d_model=4, tables=2, bits=2)
+    full = SumSpec(d_model=4, lookup=lookup, skip=SkipSpec(d_model=4, sparsity=0.5, constant=True), bias=True)
+    stored = SumFFN.empty(full, torch.nn.SiLU(), torch.float32, "meta").state_dict()
+    assert [name for name in stored if f"`{name}`" not in page] == []
 
 
 def test_survey_names_every_method_and_points_to_no_other() -> None:
