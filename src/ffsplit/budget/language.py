@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffsplit.budget.dropper import Score
 from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.batches import is_causal
+from ffsplit.calibrate.gradients import parameters_at_rest
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import ModelError
 from ffsplit.families.blocks import Block
@@ -55,7 +55,7 @@ def mask_gradients(scene: Scene, batches: int | None = None) -> list[float]:
     Reference: 2005.00561 (after Michel et al. 2019), for whole FFNs.
     """
     totals, sequences = [0.0] * len(scene.shapes), 0
-    with closing(scene.walk(batches, "mask gradients", to_the_end=True)) as walk, _frozen(scene.model):
+    with closing(scene.walk(batches, "mask gradients", to_the_end=True)) as walk, parameters_at_rest(scene.model):
         _, replay = next(walk)
         if any(parameter.device.type != scene.device.type for parameter in scene.model.parameters()):
             raise ModelError("metric='mask-gradient' needs the whole model on the device, which is too small for it")
@@ -98,16 +98,3 @@ def _batch_gradients(scene: Scene, replay: BlockReplay, index: int) -> list[list
 def _real(batch: dict[str, Tensor], ids: Tensor) -> Bool[Tensor, "batch tokens"]:
     mask = batch.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient of its own."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

@@ -167,6 +167,6 @@ def _token_grams(scene: Scene, wanted: set[int]) -> dict[int, Tensor]:
     grams = {}
     for index, data in scene.layers(count, "similarity"):
         if index in wanted:
-            hidden = [data.ffn.hidden(chunk.to(data.ffn.up)) for chunk in data.inputs]
+            hidden = [data.ffn.hidden(x) for x in data.chunks()]
             grams[index] = token_gram(torch.cat(hidden)[:TOKENS]).cpu()
     return grams

@@ -76,7 +76,7 @@ def collect_gradients(
         DataError: a sum holds NaN or Inf.
     """
     sums = {site.name: NeuronGradients.zeros(site.d_ff, device) for site in sites}
-    with visiting(model, [], device), _parameters_at_rest(model):
+    with visiting(model, [], device), parameters_at_rest(model):
         for number, batch in enumerate(batches):
             here = {name: tensor.to(device) for name, tensor in batch.items()}
             sequences = next(iter(here.values())).shape[0]
@@ -93,8 +93,8 @@ def collect_gradients(
 
 
 @contextmanager
-def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters."""
+def parameters_at_rest(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient of its own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -62,8 +62,7 @@ def activation_moments(data: LayerData) -> ActivationMoments:
     """What the activation of every neuron sees and gives on the calibration inputs."""
     ffn = data.ffn
     moments = ActivationMoments.zeros(ffn.d_ff, ffn.up.device)
-    for chunk in data.inputs:
-        x = chunk.to(device=ffn.up.device, dtype=ffn.up.dtype)
+    for x in data.chunks():
         up = linear(x, ffn.up, ffn.up_bias)
         g = up if ffn.gate is None else linear(x, ffn.gate, ffn.gate_bias)
         moments.update(g, ffn.act(g), None if ffn.gate is None else up)

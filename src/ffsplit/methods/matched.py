@@ -70,8 +70,7 @@ def _hidden_correlation(owner: FFNWeights, ffn: FFNWeights, data: LayerData) -> 
     """Correlation of the hidden activations of two FFNs that are given the same inputs."""
     cross = torch.zeros(owner.d_ff, ffn.d_ff, dtype=torch.float64, device=ffn.up.device)
     sums = [torch.zeros(owner.d_ff, dtype=torch.float64, device=ffn.up.device) for _ in range(4)]
-    for chunk in data.inputs:
-        x = chunk.to(ffn.up)
+    for x in data.chunks():
         theirs, mine = owner.hidden(x).double(), ffn.hidden(x).double()
         cross.addmm_(theirs.T, mine)
         for total, part in zip(sums, (theirs, theirs.square(), mine, mine.square()), strict=True):
@@ -110,6 +109,6 @@ def _energy(ffn: FFNWeights, data: LayerData, by_text: bool) -> Float[Tensor, " 
     if not by_text:
         return scores.magnitude(ffn.up, ffn.gate, ffn.down).square()
     square = torch.zeros(ffn.d_ff, dtype=torch.float64, device=ffn.up.device)
-    for chunk in data.inputs:
-        square += ffn.hidden(chunk.to(ffn.up)).double().square().sum(0)
+    for x in data.chunks():
+        square += ffn.hidden(x).double().square().sum(0)
     return scores.output_norm(square, ffn.down).square()

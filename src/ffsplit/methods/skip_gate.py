@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -61,16 +60,11 @@ def skip_gate(data: LayerData, config: SkipGateConfig) -> SumFFN:
     spec = structure(FFNShape.of(ffn), config)
     assert spec.skip is not None
     direction = gate_direction(data, config).to(ffn.up)
-    found = torch.cat([scores(x, direction) for x in _chunks(data)])
+    found = torch.cat([scores(x, direction) for x in data.chunks()])
     threshold = torch.tensor([share_threshold(found, config.sparsity)]).to(ffn.up)
     constant = _mean_skipped(data, direction, threshold) if spec.skip.constant else None
     skip = Skip(spec.skip, direction, threshold, constant)
     return SumFFN(ffn.d_model, [dense_branch(ffn)], bias=ffn.down_bias, skip=skip)
-
-
-def _chunks(data: LayerData) -> Iterator[Float[Tensor, "tokens d_model"]]:
-    for chunk in data.inputs:
-        yield chunk.to(data.ffn.up)
 
 
 def _mean_output(data: LayerData) -> Float[Tensor, " d_model"]:
@@ -85,7 +79,7 @@ def gate_direction(data: LayerData, config: SkipGateConfig) -> Float[Tensor, " d
     base = _mean_output(data) if config.instead == "mean" else ffn.down.new_zeros(ffn.d_model)
     cross = moments.input_gram.new_zeros(ffn.d_model, 1)
     total = moments.input_gram.new_zeros(1)
-    for x in _chunks(data):
+    for x in data.chunks():
         cost = skip_cost(x, ffn(x) - base, config.target)
         cross += x.double().T @ cost[:, None]
         total += cost.sum()
@@ -101,7 +95,7 @@ def _mean_skipped(
 ) -> Float[Tensor, " d_model"]:
     """The mean output of the tokens that skip: the constant that misses least. The mean of all where none skips."""
     total, count = data.moments.input_sum.new_zeros(data.ffn.d_model), 0
-    for x in _chunks(data):
+    for x in data.chunks():
         skipped = x[scores(x, direction) <= threshold]
         total += data.ffn(skipped).double().sum(0)
         count += len(skipped)
