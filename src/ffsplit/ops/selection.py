@@ -29,18 +29,6 @@ def leverage(hidden_gram: Float[Tensor, "d_ff d_ff"], ridge: float) -> Float[Ten
     return (1.0 - shift * diagonal_scale(hidden_gram) * inverse).clamp(0.0, 1.0)
 
 
-def leverage_weighted(
-    hidden_gram: Float[Tensor, "d_ff d_ff"], down: Float[Tensor, "d_model d_ff"], ridge: float
-) -> Float[Tensor, " d_ff"]:
-    """``||down_j||^2 / [(C + lam I)^-1]_jj``: the output error of pruning neuron j alone and refitting the others.
-
-    Leverage asks how much of ``h_j`` is unique, this asks how much of its *output* is.
-
-    Reference: the saliency of optimal brain surgeon (Hassibi and Stork, 1993), for a whole column.
-    """
-    return down.double().square().sum(0) / inverse_psd(hidden_gram, max(ridge, SMALLEST_RIDGE)).diagonal()
-
-
 def pivoted_qr_order(
     hidden_gram: Float[Tensor, "d_ff d_ff"], count: int | None = None, tol: float | None = None
 ) -> Int[Tensor, " kept"]:
