@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ffsplit.budget.cost import Cost, cost_of, dense_spec, parse_bytes, parse_latency
+from ffsplit.budget.cost import Cost, cost_of, dense_spec, number_of, parse_bytes, parse_latency
 from ffsplit.budget.damage import measure
 from ffsplit.budget.knapsack import choose
 from ffsplit.budget.library import DEFAULTS, Row, library, variants
@@ -113,7 +113,7 @@ def check(shapes: Sequence[FFNShape], config: AutoConfig) -> None:
     for shape in shapes:
         specs = [dense_spec(shape)]
         for block in config.blocks:
-            specs += [get_method(one.method).plan(shape, one) for one in variants(shape, block, "keep", config.keep)]
+            specs += [get_method(one.method).plan(shape, one) for one in variants(shape, block, "keep", [config.keep])]
         cheapest += min(spec.parameters for spec in specs)
     total = sum(shape.parameters for shape in shapes)
     if cheapest > config.keep * total:
@@ -137,22 +137,30 @@ def auto(scene: Scene, config: AutoConfig) -> Decision:
     if config.full_budget:
         return _nothing_to_do(scene)
     cost = cost_of(scene, config.budget, config.value)
-    rows = library(scene, config.blocks, config.budget, config.value)
+    rows = library(scene, config.blocks, config.budget, [config.value])
     costs = costs_of(rows, cost, scene.shapes)
+    refuse_beyond(cost, costs, config.budget, config.value)
+    if sum(row[0] for row in costs) <= cost.limit:  # the dense FFNs meet it
+        return _nothing_to_do(scene)
     objective = Objective.of(scene, config.windows)
     damages = measured(scene, rows, objective, config.metric)
-    try:
-        chosen = choose(damages, costs, cost.limit)
-    except BudgetError as error:
-        least = sum(min(row) for row in costs)
-        raise BudgetError(
-            f"{config.budget}={config.value} is out of reach; the smallest reachable is {cost.describe(least)}"
-        ) from error
+    chosen = choose(damages, costs, cost.limit)
     plans = [chosen, *uniform(rows, damages, costs, cost.limit)][: config.trials if scene.trial else 1]
     outcomes = [_tried(scene, rows, plan, objective, config.metric) for plan in plans] if len(plans) > 1 else [None]
     best = min(range(len(plans)), key=lambda index: outcomes[index] or 0.0)
     scene.notes["allocation"] = report(scene, rows, damages, costs, plans, outcomes, best, cost)
     return [rows[layer][index].config for layer, index in enumerate(plans[best])]
+
+
+def refuse_beyond(cost: Cost, costs: Sequence[Sequence[float]], budget: str, value: float | int | str) -> None:
+    """Refuse, before anything is measured, a budget below the cheapest candidates of all layers.
+
+    Raises:
+        BudgetError: it is; the message says the smallest that can be reached.
+    """
+    least = sum(min(row) for row in costs)
+    if cost.in_unit(least) > number_of(budget, value) * (1 + 1e-9):
+        raise BudgetError(f"{budget}={value} is out of reach; the smallest reachable is {cost.describe(least)}")
 
 
 def costs_of(rows: Sequence[Row], cost: Cost, shapes: Sequence[FFNShape]) -> list[list[float]]:
@@ -207,10 +215,12 @@ def report(
     """What was chosen, what it was predicted to do, and what it did."""
 
     def summary(plan: Sequence[int], outcome: float | None) -> dict[str, Any]:
+        spent = sum(row[index] for row, index in zip(costs, plan, strict=True))
         return {
             "predicted_damage": sum(row[index] for row, index in zip(damages, plan, strict=True)),
             "measured_damage": outcome,
-            "cost": cost.describe(sum(row[index] for row, index in zip(costs, plan, strict=True))),
+            "cost": cost.describe(spent),
+            "value": cost.in_unit(spent),
         }
 
     return {
@@ -231,5 +241,8 @@ def report(
 
 
 def _nothing_to_do(scene: Scene) -> Decision:
-    """A full budget: every FFN as its own dense branch, so that the result goes the way of every other."""
+    """A full budget, or one that the dense model meets.
+
+    Every FFN becomes its own dense branch, so that the result goes the way of every other.
+    """
     return [method_config({"method": "prune", "keep": 1.0}) for _ in scene.shapes]

@@ -25,6 +25,14 @@ _LATENCY = re.compile(r"(\d+(?:\.\d+)?)x?(?:@tokens=(\d+))?")
 ROUNDS, WARMUP = 15, 3
 
 
+UNITS = {
+    "keep": "share of the FFN parameters that stay",
+    "bits": "stored bits per FFN weight",
+    "bytes": "bytes of the whole model's weights",
+    "flops": "share of the FFNs' multiply-accumulates",
+}
+
+
 def dense_spec(shape: FFNShape) -> SumSpec:
     """An FFN left as it is, as a sum."""
     return sum_spec(shape, [dense_branch_spec(shape, shape.d_ff)], bias=shape.down_bias)
@@ -56,14 +64,36 @@ def parse_latency(text: str) -> tuple[float, int]:
     return float(match[1]), int(match[2] or 1)
 
 
+def megabytes(size: float) -> str:
+    """Bytes in decimal megabytes, with digits that tell budgets of small models apart too."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e8 else f"{size / 1e6:.4g} MB"
+
+
+def number_of(budget: str, value: float | int | str) -> float:
+    """The value of a budget in its unit: a share, bits a weight, or bytes."""
+    if budget == "bytes":
+        return parse_bytes(value)  # type: ignore[arg-type]
+    return parse_latency(str(value))[0] if budget == "latency" else float(value)
+
+
 class Cost(ABC):
-    """A unit of cost and how much of it all FFNs together may take."""
+    """A unit of cost and how much of it all FFNs together may take.
+
+    Attributes:
+        limit: of the total.
+        unit: of the budget, in words.
+    """
 
     limit: float
+    unit: str
 
     @abstractmethod
     def of(self, spec: SumSpec, layer: int) -> float:
         """What one FFN costs."""
+
+    @abstractmethod
+    def in_unit(self, total: float) -> float:
+        """A total cost of all FFNs as a number in the unit of the budget."""
 
     @abstractmethod
     def describe(self, total: float) -> str:
@@ -88,8 +118,10 @@ class CountedCost(Cost):
     other_bytes: int = 0
     float_bits: int = 16
     limit: float = field(init=False)
+    unit: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.unit = UNITS[self.kind]
         self.limit = 8 * (self.value - self.other_bytes) if self.kind == "bytes" else self.value * self.dense
 
     def of(self, spec: SumSpec, layer: int) -> float:
@@ -97,10 +129,13 @@ class CountedCost(Cost):
             return spec.parameters
         return spec.macs if self.kind == "flops" else spec.stored_bits(self.float_bits)
 
+    def in_unit(self, total: float) -> float:
+        return total / 8 + self.other_bytes if self.kind == "bytes" else total / self.dense
+
     def describe(self, total: float) -> str:
         if self.kind == "bytes":
-            return f"{(total / 8 + self.other_bytes) / 1e6:.1f} MB for the whole model's weights"
-        return f"{self.kind} {total / self.dense:.4g} of the FFNs"
+            return f"{megabytes(self.in_unit(total))} for the whole model's weights"
+        return f"{self.kind} {self.in_unit(total):.4g} of the FFNs"
 
 
 class LatencyCost(Cost):
@@ -113,6 +148,7 @@ class LatencyCost(Cost):
         self._dense_seconds: dict[FFNShape, float] = {}
         self._total = sum(self.of(dense_spec(shape), layer) for layer, shape in enumerate(scene.shapes))
         self.limit = share * self._total
+        self.unit = f"share of the dense FFNs' time, {tokens} tokens a forward"
 
     def of(self, spec: SumSpec, layer: int) -> float:
         shape = self._scene.shapes[layer]
@@ -123,8 +159,11 @@ class LatencyCost(Cost):
             self._known[key] = other / dense * unit
         return self._known[key]
 
+    def in_unit(self, total: float) -> float:
+        return total / self._total
+
     def describe(self, total: float) -> str:
-        return f"{total / self._total:.3f} of the dense FFNs' time at {self._tokens} tokens a forward"
+        return f"{self.in_unit(total):.3f} of the dense FFNs' time at {self._tokens} tokens a forward"
 
 
 def timed(scene: Scene, specs: Sequence[SumSpec], layer: int, tokens: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -65,46 +66,49 @@ DEFAULTS: Mapping[str, tuple[dict[str, Any], ...]] = {
 """What is tried under each budget unless the recipe names methods: what measured best there."""
 
 
-def library(scene: Scene, methods: Sequence[Mapping[str, Any]], budget: str, value: object) -> list[Row]:
+def library(
+    scene: Scene, methods: Sequence[Mapping[str, Any]], budget: str, values: Sequence[float | int | str | None]
+) -> list[Row]:
     """Every candidate of every FFN: each method at the points of the grid of its budget that it can reach.
 
     Args:
         scene: the dense model; `mixed-bits` looks at its neurons.
         methods: values of method blocks, without a budget where the method has one.
         budget: of the allocation.
-        value: of the budget; a share or an average is itself a point of the grid, so that plans which treat all layers
-            alike can use it up.
+        values: of the budget; a share or an average is itself a point of the grid, so that plans which treat all layers
+            alike can use it up. None stands for all that the budget could be.
 
     Raises:
         RecipeError: a method is unknown or cannot be set up like this, or no candidate is possible.
     """
-    point = float(value) if budget in ("keep", "bits") else None  # type: ignore[arg-type]
+    points = [float(value) for value in values if value is not None] if budget in ("keep", "bits") else []
     rows: list[Row] = [[Candidate("as it is", None)] for _ in scene.shapes]
-    for values in methods:
-        if values["method"] == "mixed-bits" and "neurons" not in values:
-            targets = averages(point if budget == "bits" else None)
+    for block in methods:
+        if block["method"] == "mixed-bits" and "neurons" not in block:
+            targets = averages([None if value is None or budget != "bits" else float(value) for value in values])
             for index, data in scene.layers(label="neurons"):
-                rows[index] += mixed_widths(data, values, targets)
+                rows[index] += mixed_widths(data, block, targets)
         else:
             for row, shape in zip(rows, scene.shapes, strict=True):
-                row += [Candidate(one.model_dump_json(), one) for one in variants(shape, values, budget, point)]
+                row += [Candidate(one.model_dump_json(), one) for one in variants(shape, block, budget, points)]
     if all(len(row) == 1 for row in rows):
-        raise RecipeError(f"none of {', '.join(str(values['method']) for values in methods)} can do anything here")
+        raise RecipeError(f"none of {', '.join(str(block['method']) for block in methods)} can do anything here")
     return rows
 
 
-def averages(budget: float | None) -> list[float]:
-    """Average widths to try under a bits budget, all of the grid without one."""
-    if budget is None:
-        return list(BITS)
-    low, high = NEAR[0] * budget, NEAR[1] * budget
-    return sorted({budget, *(bits for bits in BITS if low <= bits <= high)})
+def averages(budgets: Sequence[float | None]) -> list[float]:
+    """Average widths to try under some bits budgets; None among them stands for the whole grid."""
+    wanted: set[float] = set()
+    for budget in budgets:
+        low, high = (0.0, math.inf) if budget is None else (NEAR[0] * budget, NEAR[1] * budget)
+        wanted |= {bits for bits in BITS if low <= bits <= high} | ({budget} if budget is not None else set())
+    return sorted(wanted)
 
 
 def variants(
-    shape: FFNShape, values: Mapping[str, Any], budget: str, point: float | None = None
+    shape: FFNShape, values: Mapping[str, Any], budget: str, extra: Sequence[float] = ()
 ) -> Iterator[MethodConfig]:
-    """One method at every point of its budget's grid that an FFN of this shape can reach.
+    """One method at every point of its budget's grid, and some extra ones, that an FFN of this shape can reach.
 
     Raises:
         RecipeError: the method cannot be set up like this at any point.
@@ -115,12 +119,12 @@ def variants(
         return
     points: list[dict[str, float]] = [{}] if method.config.budget_is_optional else []
     for kind in (kind for kind in method.budget if kind in AFFECTED[budget]):
-        points += [{kind: at} for at in sorted({*GRIDS[kind], *([point] if point and kind == budget else [])})]
+        points += [{kind: at} for at in sorted({*GRIDS[kind], *(extra if kind == budget else ())})]
     refused: RecipeError | None = None
     usable = False
-    for extra in points:
+    for point in points:
         try:
-            config = method_config({**values, **extra})
+            config = method_config({**values, **point})
             method.plan(shape, config)
         except BudgetError:
             continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ffsplit.budget.cost import parse_bytes, parse_latency
 from ffsplit.errors import RecipeError
@@ -16,6 +18,22 @@ RANGES: dict[str, tuple[str, float]] = {
 }
 KINDS = ("keep", "bits", "bytes", "flops", "latency", "sparsity")
 Value = float | str
+LOOSE = {"keep": "0.99", "bits": "15.9", "bytes": "1000000GB", "flops": "0.99", "latency": "1x"}
+"""Budgets that almost everything meets, for looking at all that could be met."""
+
+
+class Axis(NamedTuple):
+    """A kind of budget, along which a front of damage over cost is looked for.
+
+    Attributes:
+        kind: of budget.
+        loose: a budget of that kind that almost everything meets.
+        budgets: those of that kind that were asked for.
+    """
+
+    kind: str
+    loose: str
+    budgets: tuple[str, ...]
 
 
 def parse_budget(text: str) -> tuple[str, Value]:
@@ -39,6 +57,30 @@ def parse_budget(text: str) -> tuple[str, Value]:
         parse_latency(value)
         return kind, value
     return kind, _number(text, kind, value)
+
+
+def parse_axis(budgets: Sequence[str]) -> Axis:
+    """The axis of some budgets, one kind at least; a kind without a value names the axis alone.
+
+    Raises:
+        RecipeError: they are of several kinds, of none that layers can share, or no budgets.
+    """
+    asked = list(dict.fromkeys("".join(text.split()) for text in budgets))
+    kinds = list(dict.fromkeys(text.partition("=")[0] for text in asked))
+    if len(kinds) != 1:
+        raise RecipeError(f"a front has one kind of budget, not {' and '.join(kinds) or 'none'}")
+    (kind,) = kinds
+    if kind in KINDS and kind not in LOOSE:
+        raise RecipeError(f"budget {kind}: no front is found for it; known: {', '.join(LOOSE)}")
+    loose = f"{kind}={LOOSE.get(kind, '')}"
+    given = tuple(text for text in asked if text != kind or kind not in KINDS)
+    values = [parse_budget(text)[1] for text in given]
+    if kind == "latency" and values:
+        tokens = sorted({parse_latency(str(value))[1] for value in values})
+        if len(tokens) > 1:
+            raise RecipeError(f"a front of latency has one number of tokens, not {' and '.join(map(str, tokens))}")
+        loose = f"{loose}@tokens={tokens[0]}"
+    return Axis(kind, loose, given)
 
 
 def _number(text: str, kind: str, value: str) -> float:

@@ -79,7 +79,7 @@ def save(
         if verify:
             reload_and_compare(model, staging)
         size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
-        _publish(staging, target)
+        publish(staging, target)
     return SavedCheckpoint(Path(directory), kind, size)
 
 
@@ -161,7 +161,7 @@ def _sibling(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
-def _publish(staging: Path, target: Path) -> None:
+def publish(staging: Path, target: Path) -> None:
     """Move the finished directory into place; an old one goes away only after that worked."""
     old = _sibling(target, "old") if target.exists() else None
     try:

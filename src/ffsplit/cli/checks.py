@@ -22,9 +22,14 @@ NAME_ROOM = 20
 
 
 def check_budget(
-    keep: float | None, bits: float | None, sparsity: float | None = None, budgets: Sequence[str] = ()
+    keep: float | None,
+    bits: float | None,
+    sparsity: float | None = None,
+    budgets: Sequence[str] = (),
+    *,
+    front: bool = False,
 ) -> None:
-    """At most one budget, in range; what those in words mean is looked at later.
+    """At most one budget, in range; what those in words mean is looked at later. A front takes several, in words.
 
     Raises:
         RecipeError: several are given, or one is out of range.
@@ -33,8 +38,11 @@ def check_budget(
     if len(given) > 1 or (given and budgets):
         options = [f"--{name}" for name in given] + [f"--budget {words}" for words in budgets]
         raise RecipeError(f"give one budget, {' or '.join(options)}, not both")
-    if len(budgets) > 1:
-        raise RecipeError(f"{' '.join(f'--budget {words}' for words in budgets)}: one checkpoint has one budget")
+    if front and given:
+        raise RecipeError(f"--pareto takes its budgets in words: --budget {given[0]}=VALUE, as many as wanted")
+    if len(budgets) > 1 and not front:
+        options = [f"--budget {words}" for words in budgets]
+        raise RecipeError(f"{' '.join(options)}: one checkpoint has one budget; --pareto takes several")
     if keep is not None and not 0 < keep <= 1:
         raise RecipeError(f"--keep {keep}: must be above 0 and at most 1 (share of the FFN parameters that stay)")
     if bits is not None and not 0 < bits <= 16:

@@ -10,9 +10,11 @@ import typer
 
 from ffsplit.cli import checks, options
 from ffsplit.cli.console import print_json, quiet, say
+from ffsplit.cli.pareto import FRONT, write_front
 from ffsplit.cli.progress import reporting
 from ffsplit.cli.report import compression_document, show_compression
 from ffsplit.cli.resuming import resumable
+from ffsplit.cli.run import Run
 
 if TYPE_CHECKING:
     from ffsplit.pipeline.recipe import Recipe
@@ -30,7 +32,8 @@ Budget = Annotated[
     list[str] | None,
     typer.Option(
         "--budget",
-        help="Budget of any kind: keep=0.6, bits=3.2, bytes=80MB, flops=0.6, latency=0.7x@tokens=1.",
+        help="Budget of any kind: keep=0.6, bits=3.2, bytes=80MB, flops=0.6, latency=0.7x@tokens=1. With --pareto "
+        "several of one kind, each for a checkpoint of its own, or a kind alone.",
         metavar="KIND=VALUE",
     ),
 ]
@@ -47,6 +50,9 @@ Measured = Annotated[
     Path | None,
     typer.Option("--measured", help="Keep a planner's measurements here, for other budgets.", metavar="DIR"),
 ]
+Pareto = Annotated[
+    bool, typer.Option("--pareto", help="Measure once; write the front of damage over cost: table, JSON, plot.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of ffsplit.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not reload and compare after saving.")]
 
@@ -57,6 +63,7 @@ def compress(
     recipe: RecipeName = None,
     budget: Budget = None,
     methods: Methods = None,
+    pareto: Pareto = False,
     keep: Keep = None,
     bits: Bits = None,
     sparsity: Sparsity = None,
@@ -79,47 +86,38 @@ def compress(
 
     A killed run goes on where it stopped when the same command is repeated.
     """
-    checks.check_output(out, overwrite=overwrite)
-    checks.check_budget(keep, bits, sparsity, budget or ())
+    checks.check_output(out, overwrite=overwrite, mark=FRONT if pareto else checks.MARK)
+    checks.check_budget(keep, bits, sparsity, budget or (), front=pareto)
     checks.check_model_name(model)
-    if cache_dir is not None:
-        checks.check_writable(cache_dir.absolute())
-    if measured is not None:
-        checks.check_writable(measured.absolute())
-    weights = checks.torch_dtype(dtype)
-    place = checks.torch_device(device)
+    for folder in (cache_dir, measured):
+        if folder is not None:
+            checks.check_writable(folder.absolute())
+    place, weights = checks.torch_device(device), checks.torch_dtype(dtype)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
-    given = {name: value for name, value in asked.items() if value is not None}
     resolved = recipe_of(
-        recipe,
+        recipe or ("auto" if pareto else None),
         keep=keep,
         bits=bits,
         sparsity=sparsity,
-        budget=budget[0] if budget else None,
+        budget=budget[0] if budget and not pareto else None,
         methods=checks.names(methods),
-        calibration=given,
+        calibration={name: value for name, value in asked.items() if value is not None},
         seed=seed,
         fold_norms=fold_norms or None,
     )
-    target = out.resolve()
-    journal = target.with_name(f"{target.name}.ffsplit-journal")
-    with quiet(), reporting() as report, resumable(journal):
-        from ffsplit.checkpoint.save import save
-        from ffsplit.pipeline.compress import compress as run
+    run = Run(model, out, place, weights, cache_dir, measured, verify=not no_verify, overwrite=overwrite)
+    if pareto:
+        write_front(run, resolved, budget or [], own=recipe not in (None, "auto"), as_json=as_json)
+    else:
+        _compress(run, resolved, as_json=as_json)
 
-        result = run(
-            model,
-            recipe=resolved,
-            device=place,
-            dtype=weights,
-            journal=journal,
-            cache_dir=cache_dir,
-            measured=measured,
-            progress=report,
-        )
-        say(f"saving to {out}")
-        saved = save(result, out, verify=not no_verify, overwrite=overwrite)
-        shutil.rmtree(journal, ignore_errors=True)
+
+def _compress(run: Run, recipe: Recipe, *, as_json: bool) -> None:
+    with quiet(), reporting() as report, resumable(run.journal):
+        result = run.compressed(recipe, run.journal, report)
+        say(f"saving to {run.out}")
+        saved = run.save(result, run.out, overwrite=run.overwrite)
+        shutil.rmtree(run.journal, ignore_errors=True)
     if as_json:
         print_json(compression_document(result, saved))
     else:

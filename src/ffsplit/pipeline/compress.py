@@ -112,13 +112,13 @@ def compress(
         fold_norms=fold_norms,
     )
     if isinstance(model, str | Path):
-        model, tokenizer = _load(str(model), tokenizer, resolved, dtype)
+        model, tokenizer = load_dense(str(model), tokenizer, [resolved], dtype)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model is a {type(model).__name__}; it must be a transformers model, or the name of one")
     source = calibration if calibration is not None else resolved.calibration.source
     where = torch.device(device) if device is not None else default_device()
     with evaluating(model), without_cache(model):
-        job = _prepare(model, tokenizer, resolved, source, where, progress)
+        job = prepare(model, tokenizer, resolved, source, where, progress)
         seconds = _timed_run(job, journal, cache_dir, measured)
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
     return CompressionResult(model, job.plan, resolved, make_report(job, seconds), tokenizer)
@@ -146,8 +146,10 @@ def default_device() -> torch.device:
     return found if found is not None and found.type != "mps" else torch.device("cpu")
 
 
-def _load(name: str, tokenizer: Any | None, recipe: Recipe, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
-    """Load a model by name, after its empty skeleton has shown that the plan works out."""
+def load_dense(
+    name: str, tokenizer: Any | None, recipes: Sequence[Recipe], dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model by name, after its empty skeleton has shown that what the recipes plan works out."""
     source = open_source(name)
     refuse_compressed(source.config, name)
     try:
@@ -157,7 +159,8 @@ def _load(name: str, tokenizer: Any | None, recipe: Recipe, dtype: torch.dtype |
         # Some models need real weights to run; they are looked at again once these are there.
         logger.info("%s could not be traced without weights: %s", name, error)
     else:
-        check_plan(found, shapes_of(skeleton, found), recipe)
+        for recipe in recipes:
+            check_plan(found, shapes_of(skeleton, found), recipe)
     return source.load(dtype), tokenizer if tokenizer is not None else source.tokenizer()
 
 
@@ -193,7 +196,7 @@ def check_plan(found: FFNs, shapes: Sequence[FFNShape], recipe: Recipe) -> None:
         planners()[recipe.planner.method].check(shapes, recipe.planner)
 
 
-def _prepare(
+def prepare(
     model: PreTrainedModel,
     tokenizer: Any | None,
     recipe: Recipe,

@@ -82,7 +82,7 @@ def norm_figure(models: Sequence[NormCurves], heavy: float = 0.03) -> Figure:
         models: at least one.
         heavy: share of neurons to mark.
     """
-    with _styled():
+    with styled():
         figure = Figure(figsize=(1.0 + 3.2 * len(models), 3.2), layout="constrained")
         panels = figure.subplots(1, len(models), squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
@@ -103,7 +103,7 @@ def norm_figure(models: Sequence[NormCurves], heavy: float = 0.03) -> Figure:
 
 def bar_figure(panels: Sequence[BarPanel]) -> Figure:
     """Horizontal bars of how far each value is from the dense one, a panel per model, every value written out."""
-    with _styled():
+    with styled():
         figure = Figure(figsize=(1.4 + 3.0 * len(panels), 2.3), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _bars(axes, panel, labelled=panel is panels[0])
@@ -114,7 +114,7 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write ``stem.png`` and ``stem.svg`` (text stays text), without the date that would change them every time."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    with _styled():
+    with styled():
         figure.savefig(files[0], dpi=200, metadata={"Software": None})
         figure.savefig(files[1], metadata={"Date": None, "Creator": None})
     return files
@@ -154,6 +154,7 @@ def number(value: float) -> str:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """The style of all figures, put back afterwards."""
     with matplotlib.rc_context(STYLE):
         yield
