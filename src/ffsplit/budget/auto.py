@@ -113,7 +113,7 @@ def check(shapes: Sequence[FFNShape], config: AutoConfig) -> None:
     for shape in shapes:
         specs = [dense_spec(shape)]
         for block in config.blocks:
-            specs += [get_method(one.method).plan(shape, one) for one in variants(shape, block, "keep", [config.keep])]
+            specs += [get_method(one.method).plan(shape, one) for one in variants(shape, block, "keep", config.keep)]
         cheapest += min(spec.parameters for spec in specs)
     total = sum(shape.parameters for shape in shapes)
     if cheapest > config.keep * total:
@@ -137,7 +137,7 @@ def auto(scene: Scene, config: AutoConfig) -> Decision:
     if config.full_budget:
         return _nothing_to_do(scene)
     cost = cost_of(scene, config.budget, config.value)
-    rows = library(scene, config.blocks, config.budget, [config.value])
+    rows = library(scene, config.blocks, config.budget, config.value)
     costs = costs_of(rows, cost, scene.shapes)
     refuse_beyond(cost, costs, config.budget, config.value)
     if sum(row[0] for row in costs) <= cost.limit:  # the dense FFNs meet it

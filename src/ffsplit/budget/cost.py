@@ -64,11 +64,6 @@ def parse_latency(text: str) -> tuple[float, int]:
     return float(match[1]), int(match[2] or 1)
 
 
-def megabytes(size: float) -> str:
-    """Bytes in decimal megabytes, with digits that tell budgets of small models apart too."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e8 else f"{size / 1e6:.4g} MB"
-
-
 def number_of(budget: str, value: float | int | str) -> float:
     """The value of a budget in its unit: a share, bits a weight, or bytes."""
     if budget == "bytes":
@@ -134,7 +129,7 @@ class CountedCost(Cost):
 
     def describe(self, total: float) -> str:
         if self.kind == "bytes":
-            return f"{megabytes(self.in_unit(total))} for the whole model's weights"
+            return f"{self.in_unit(total) / 1e6:.1f} MB for the whole model's weights"
         return f"{self.kind} {self.in_unit(total):.4g} of the FFNs"
 
 

@@ -67,7 +67,7 @@ DEFAULTS: Mapping[str, tuple[dict[str, Any], ...]] = {
 
 
 def library(
-    scene: Scene, methods: Sequence[Mapping[str, Any]], budget: str, values: Sequence[float | int | str | None]
+    scene: Scene, methods: Sequence[Mapping[str, Any]], budget: str, *values: float | int | str | None
 ) -> list[Row]:
     """Every candidate of every FFN: each method at the points of the grid of its budget that it can reach.
 
@@ -85,18 +85,18 @@ def library(
     rows: list[Row] = [[Candidate("as it is", None)] for _ in scene.shapes]
     for block in methods:
         if block["method"] == "mixed-bits" and "neurons" not in block:
-            targets = averages([None if value is None or budget != "bits" else float(value) for value in values])
+            targets = averages(*(None if value is None or budget != "bits" else float(value) for value in values))
             for index, data in scene.layers(label="neurons"):
                 rows[index] += mixed_widths(data, block, targets)
         else:
             for row, shape in zip(rows, scene.shapes, strict=True):
-                row += [Candidate(one.model_dump_json(), one) for one in variants(shape, block, budget, points)]
+                row += [Candidate(one.model_dump_json(), one) for one in variants(shape, block, budget, *points)]
     if all(len(row) == 1 for row in rows):
         raise RecipeError(f"none of {', '.join(str(block['method']) for block in methods)} can do anything here")
     return rows
 
 
-def averages(budgets: Sequence[float | None]) -> list[float]:
+def averages(*budgets: float | None) -> list[float]:
     """Average widths to try under some bits budgets; None among them stands for the whole grid."""
     wanted: set[float] = set()
     for budget in budgets:
@@ -105,9 +105,7 @@ def averages(budgets: Sequence[float | None]) -> list[float]:
     return sorted(wanted)
 
 
-def variants(
-    shape: FFNShape, values: Mapping[str, Any], budget: str, extra: Sequence[float] = ()
-) -> Iterator[MethodConfig]:
+def variants(shape: FFNShape, values: Mapping[str, Any], budget: str, *extra: float) -> Iterator[MethodConfig]:
     """One method at every point of its budget's grid, and some extra ones, that an FFN of this shape can reach.
 
     Raises:

@@ -30,7 +30,7 @@ def survey(scene: Scene, config: AutoConfig, values: Sequence[float | int | str]
         BudgetError: one of the values is out of reach; nothing has been measured then.
     """
     cost = cost_of(scene, config.budget, config.value)
-    rows = library(scene, config.blocks, config.budget, [None, *values])
+    rows = library(scene, config.blocks, config.budget, None, *values)
     costs = costs_of(rows, cost, scene.shapes)
     for value in values:
         refuse_beyond(cost, costs, config.budget, value)

@@ -28,7 +28,8 @@ def front_figure(document: Mapping[str, Any]) -> Figure:
     found = [(point["value"] / unit, point["predicted_damage"]) for point in document["points"]]
     highest = max((damage for _, damage in found), default=1.0)
     line = [point for point in found if point[1] > highest * SPAN] or found
-    alike = [(point["value"] / unit, point["predicted_damage"] or 0.0) for point in document["uniform"]]  # None: infinite
+    # None stands for a damage that is not finite, which has no place here.
+    alike = [(point["value"] / unit, point["predicted_damage"] or 0.0) for point in document["uniform"]]
     dots = [point for point in alike if highest * SPAN < point[1] <= 3 * highest and point[0] <= line[-1][0]]
     saved = [mark for one in document.get("checkpoints", ()) if (mark := _checkpoint(one, unit)) is not None]
     with styled():
