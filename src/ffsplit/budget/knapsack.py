@@ -16,6 +16,8 @@ GAP = 1e-6
 """Relative gap to the optimum at which the solver may stop; damages are not measured more exactly."""
 SLACK = 1e-6
 """Share of the limit by which the solver may overspend without noticing."""
+ROUNDING = 1e-9
+"""Share by which a limit may be off: 0.29 of 100 is a little less than 29."""
 
 
 def choose(damages: Rows, costs: Rows, limit: float) -> list[int]:
@@ -39,15 +41,16 @@ def choose(damages: Rows, costs: Rows, limit: float) -> list[int]:
     finite = [[float(np.isfinite(value)) for value in row] for row in damages]
     usable = [[index for index, good in enumerate(row) if good] for row in finite]
     cheapest = sum(min((costs[n][i] for i in row), default=np.inf) for n, row in enumerate(usable))
-    if cheapest > limit:
+    spendable = limit * (1 + ROUNDING)
+    if cheapest > spendable:
         raise BudgetError(f"the cheapest choices cost {cheapest:g} together and {limit:g} is allowed")
-    chosen = _solved(damages, costs, usable, limit)
+    chosen = _solved(damages, costs, usable, spendable)
     if chosen is None:
         raise BudgetError(f"the solver found no choice within {limit:g}")
-    if _total(costs, chosen) > limit:
+    if _total(costs, chosen) > spendable:
         # What the solver takes for within the limit may be a hair above it: the same hair below it.
-        chosen = _solved(damages, costs, usable, limit * (1 - 2 * SLACK))
-    if chosen is None or _total(costs, chosen) > limit:
+        chosen = _solved(damages, costs, usable, spendable * (1 - 2 * SLACK))
+    if chosen is None or _total(costs, chosen) > spendable:
         return [_cheapest(damage, cost, np.inf) for damage, cost in zip(damages, costs, strict=True)]
     return chosen
 
