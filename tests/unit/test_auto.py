@@ -206,7 +206,7 @@ def test_a_full_budget_changes_nothing() -> None:
         (auto(keep=0.5, methods=["prun"]), "did you mean 'prune'"),
         (auto(keep=0.5, metric="cosine"), "metric"),
         (auto(keep=0.004, methods=["prune"]), "smallest reachable keep"),
-        (auto(bits=1.0, methods=[MIXED]), r"bits=1.0 is out of reach; the smallest reachable is bits 2\."),
+        (auto(bits=1.0, methods=[MIXED]), r"bits=1.0 is out of reach; the smallest reachable is bits 3\."),
         (auto(bytes="1KB"), "without any FFN"),
     ],
 )
