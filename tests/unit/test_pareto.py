@@ -208,3 +208,11 @@ def test_the_figure_of_a_front_that_does_no_damage_and_of_checkpoints_left_dense
     assert axes.get_yscale() == "linear"
     (axes,) = front_figure(document_of([1.0, 0.5], measured_damage=None)).axes
     assert list(axes.lines[-1].get_ydata()) == [0.1]
+
+
+def test_checkpoints_too_close_for_names_of_their_own_share_one() -> None:
+    document = document_of([1.0, 0.1, 0.01])
+    (first,) = document["checkpoints"]
+    near, far = {**first, "budget": "keep=0.41", "value": 0.41}, {**first, "budget": "keep=0.6", "value": 0.6}
+    (axes,) = front_figure({**document, "checkpoints": [far, near, first]}).axes
+    assert [text.get_text() for text in axes.texts] == ["keep=0.4, 0.41", "keep=0.6"]

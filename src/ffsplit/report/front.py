@@ -17,6 +17,9 @@ METRICS = {"kl": "KL divergence", "js": "JS divergence", "angular": "angular dis
 SPAN = 1e-4
 """Damages below this share of the largest are not drawn: a log scale would give them most of the room."""
 
+CLOSE = 40.0
+"""Points of the page between two checkpoints at which each gets a name of its own."""
+
 
 def front_figure(document: Mapping[str, Any]) -> Figure:
     """The front as a line, plans that treat all layers alike as dots, checkpoints with names and measured damage.
@@ -60,8 +63,9 @@ def _checkpoint(entry: Mapping[str, Any], unit: float) -> tuple[float, float, st
 
 
 def _checkpoints(document: Mapping[str, Any]) -> str:
-    measured = [entry["measured_damage"] is not None for entry in document["checkpoints"]]
-    return "checkpoints, measured" if all(measured) else "checkpoints"
+    drawn = [entry for entry in document["checkpoints"] if entry["value"] is not None]
+    measured = all(entry["measured_damage"] is not None for entry in drawn)
+    return "checkpoints, measured" if measured else "checkpoints"
 
 
 def _in_megabytes(unit: str) -> str:
@@ -87,12 +91,29 @@ def _name(
         across, up = axes.transData.transform((x, y))
         return float(across), height - float(up)
 
-    marks = [Mark(*place(x, y), title="", emphasis=True, label=label) for x, y, label in saved]
-    marks += [Mark(*place(x, y), title="", emphasis=False) for x, y in others if math.isfinite(y)]
+    named = _together([(*place(x, y), name) for x, y, name in saved])
+    marks = [Mark(x, y, title="", emphasis=True, label=label) for x, y, label in named]
+    marks += [Mark(*place(x, y), title="", emphasis=False) for x, y in [*others, *((x, y) for x, y, _ in saved)]]
     left, bottom, right, top = axes.bbox.extents
-    placed = place_labels(marks, (left, height - top, right, height - bottom))[: len(saved)]
-    for mark, (x, y, _) in zip(placed, saved, strict=True):
+    for mark in place_labels(marks, (left, height - top, right, height - bottom))[: len(named)]:
+        across, up = map(float, axes.transData.inverted().transform((mark.x, height - mark.y)))
         axes.annotate(
-            mark.label, (x, y), (mark.label_x - mark.x, mark.y - mark.label_y), textcoords="offset points",
+            mark.label, (across, up), (mark.label_x - mark.x, mark.y - mark.label_y), textcoords="offset points",
             color=INK, ha={"start": "left", "middle": "center", "end": "right"}[mark.anchor],
         )  # fmt: skip
+
+
+def _together(places: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """One name for neighbours that have no room for one each, at the middle one of them."""
+    groups: list[list[tuple[float, float, str]]] = []
+    for place in sorted(places):
+        if groups and math.dist(groups[-1][-1][:2], place[:2]) < CLOSE:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    found = []
+    for group in groups:
+        x, y, _ = group[len(group) // 2]
+        first, *others = [name for _, _, name in group]
+        found.append((x, y, ", ".join([first, *(name.partition("=")[2] for name in others)])))
+    return found
