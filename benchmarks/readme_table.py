@@ -34,6 +34,7 @@ KEEP = [
     ("FFSplit, OBS heavy + linear rest", "ffsplit linear OBS 0.5"),
     ("prune by greedy OBS + refit", "prune greedy OBS + refit 0.5"),
     ("prune by greedy OBS + refit, drift repaired (`prune-best`)", "best: prune greedy OBS + refit 0.5, drift"),
+    ("allocator over layers (`auto`), drift repaired", "auto: keep 0.5"),
 ]
 BITS = [
     ("RTN, 4-bit codes", "rtn 4"),
@@ -46,6 +47,9 @@ BITS = [
     ("GPTQ, 3-bit codes + our refit", "gptq 3 + refit"),
     ("FFSplit, 67 % int3 + int2, GPTQ + our refit and polish", "bits3 h3 r2 g64"),
     ("FFSplit, 25 % int4 + int2, GPTQ + our refit", "ffsplit 25 % int4 + int2 gptq + refit"),
+    ("allocator over neurons and layers (`auto`), drift repaired", "auto: 4.0 bits"),
+    ("allocator over neurons and layers (`auto`), drift repaired", "auto: 3.0 bits"),
+    ("allocator over neurons and layers (`auto`), drift repaired", "auto: 2.5 bits"),
 ]
 
 

@@ -20,7 +20,7 @@ from ffsplit.pipeline.recipe import DEFAULT_BITS, PRESETS
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "methods.md"
-RESULTS = DOCS.parent / "benchmarks" / "results" / "table.json"
+RESULTS = DOCS.parent / "benchmarks" / "results"
 NOTES = DOCS / "notes"
 """One file a method: when it pays and when it does not; ``{row}`` and ``{c4:row}`` stand for measured figures."""
 SHAPE = FFNShape(d_model=576, d_ff=1536, gated=True)
@@ -59,11 +59,17 @@ rtn`, nor with `refit: false` for `score: magnitude` or `random`, for `sweeps: 0
 
 def page() -> str:
     """The whole page."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = _merged("table*.json")
     found = list(entries().values())
     parts = [HEAD, _status(found), _presets(), _protocol(results)]
     parts += [_section(method, results) for method in found]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _merged(pattern: str) -> dict[str, Any]:
+    """Results of one benchmark as one document: the protocol of the first file, the rows of all."""
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(pattern))]
+    return {**documents[0], "rows": [row for document in documents for row in document["rows"]]}
 
 
 def _status(found: list[Method | Planner]) -> str:
@@ -113,9 +119,27 @@ def _protocol(results: dict[str, Any]) -> str:
         "The figures below are perplexities on WikiText-2 (on C4 where it says so) of "
         f"{results['model']['name']}, whose dense perplexity is {dense['wikitext2']:.2f} ({dense['c4']:.2f} on C4). "
         f"Calibration: {protocol['calibration']}. Evaluation: {protocol['evaluation']}. All of them are in "
-        "`benchmarks/results/table.json` with their recipes. They are of one model with 135 million parameters."
+        "`benchmarks/results/` (table*.json) with their recipes. They are of one model with 135 million parameters."
     )
-    return f"{_wrapped(words)}\n"
+    lines = _merged("methods*.json")
+    told, spearman = lines["protocol"], lines["dense"]["spearman"]
+    measured = (
+        f"The line *Measured* of a method is of {lines['model']['name']}, all 6 FFNs, on a CPU (methods*.json there). "
+        f"Calibration: {told['calibration']}. Evaluation: {told['evaluation']}; the dense model has {spearman:.2f}. "
+        "*Work* is the share of multiply-accumulates that an average token needs; masks that no kernel uses yet count "
+        "as if one did."
+    )
+    return f"{_wrapped(words)}\n\n{_wrapped(measured)}\n"
+
+
+def _measured(name: str) -> str:
+    """What the benchmark of methods found, a line for every setting that was tried."""
+    rows = [row for row in _merged("methods*.json")["rows"] if row["method"] == name]
+    return "".join(
+        f"* Measured with `{_yaml(row['settings'])}`: Spearman {row['spearman']:.2f}, cosine {row['cosine']:.3f}; keep "
+        f"{row['keep_ffn']:.2f}, {row['bits_ffn']:.2f} bits, work {row['macs_ffn']:.2f}.\n"
+        for row in rows
+    )
 
 
 def _section(method: Method | Planner, results: dict[str, Any]) -> str:
@@ -126,7 +150,9 @@ def _section(method: Method | Planner, results: dict[str, Any]) -> str:
     if not note.is_file():
         raise KeyError(f"docs/notes has no {note.name}: say when the method pays and when it does not")
     words = _filled(note.read_text(encoding="utf-8"), results)
-    return "\n".join([introduction, _settings(method.config), _wrapped(words), ""])
+    parts = [introduction, _settings(method.config), _wrapped(words), ""]
+    measured = _measured(method.name)
+    return "\n".join([*parts, measured] if measured else parts)
 
 
 def _sentence(text: str) -> str:
