@@ -72,6 +72,59 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+class Bench:
+    """The dense model, the texts, and what a compressed model is compared with."""
+
+    def __init__(self) -> None:
+        source = open_source(str(minilm()))
+        self.dense, self.tokenizer = source.load(), source.tokenizer()
+        news = (data_folder() / "agnews" / "dev.tsv").read_text(encoding="utf-8").splitlines()
+        self.calibration = [line.rpartition("\t")[0] for line in news[:TEXTS]]
+        self.left, self.right, self.gold = (column[:PAIRS] for column in sts_pairs("test"))
+        self.reference = self.embedded(self.dense)
+
+    def embedded(self, model: transformers.PreTrainedModel) -> torch.Tensor:
+        return sentence_embeddings(model, self.tokenizer, [*self.left, *self.right])
+
+    def quality(self, embeddings: torch.Tensor) -> float:
+        similarity = cosine_similarity(embeddings[:PAIRS], embeddings[PAIRS:], dim=-1)
+        return 100 * spearman(similarity.double().numpy(), self.gold)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "benchmark": "methods",
+            "model": {"name": "MiniLM-L6 (all-MiniLM-L6-v2)", "sha256": hash_model(self.dense)},
+            "protocol": {
+                "calibration": f"first {TEXTS} texts of AG News dev",
+                "evaluation": f"first {PAIRS} pairs of STS-B test, Spearman x 100; cosine of embeddings to dense ones",
+            },
+            "dense": {"spearman": self.quality(self.reference)},
+            "rows": [],
+        }
+
+    def row(self, name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """What one method does, and the hash of the text that it was fitted on."""
+        started = time.perf_counter()
+        recipe = {"method": {"method": name, **settings}, "calibration": {"samples": TEXTS, "batch_size": 32}}
+        result = ffsplit.compress(
+            copy.deepcopy(self.dense), self.tokenizer, recipe=recipe, calibration=self.calibration, device="cpu", seed=0
+        )
+        seconds = time.perf_counter() - started
+        embeddings = self.embedded(result.model)
+        ffns = result.plan.ffns
+        row = {
+            "method": name,
+            "settings": settings,
+            "spearman": self.quality(embeddings),
+            "cosine": float(cosine_similarity(self.reference, embeddings, dim=-1).double().mean()),
+            "keep_ffn": result.plan.keep,
+            "bits_ffn": result.plan.bits,
+            "macs_ffn": sum(f.spec.macs for f in ffns) / sum(dense_spec(f.dense_shape).macs for f in ffns),
+            "seconds": round(seconds, 1),
+        }
+        return row, result.report["calibration"]["sha256"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="regular expression that a row's method must contain")
@@ -80,58 +133,19 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    source = open_source(str(minilm()))
-    dense, tokenizer = source.load(), source.tokenizer()
-    news = (data_folder() / "agnews" / "dev.tsv").read_text(encoding="utf-8").splitlines()
-    calibration = [line.rpartition("\t")[0] for line in news[:TEXTS]]
-    left, right, gold = (column[:PAIRS] for column in sts_pairs("test"))
-
-    def embedded(model: transformers.PreTrainedModel) -> torch.Tensor:
-        return sentence_embeddings(model, tokenizer, [*left, *right])
-
-    def quality(embeddings: torch.Tensor) -> float:
-        similarity = cosine_similarity(embeddings[: len(left)], embeddings[len(left) :], dim=-1)
-        return 100 * spearman(similarity.double().numpy(), gold)
-
-    reference = embedded(dense)
-    document: dict[str, Any] = {
-        "benchmark": "methods",
-        "model": {"name": "MiniLM-L6 (all-MiniLM-L6-v2)", "sha256": hash_model(dense)},
-        "protocol": {
-            "calibration": f"first {TEXTS} texts of AG News dev",
-            "evaluation": f"first {PAIRS} pairs of STS-B test, Spearman x 100; cosine of embeddings to the dense ones",
-        },
-        "dense": {"spearman": quality(reference)},
-        "rows": [],
-    }
+    bench = Bench()
+    document = bench.document()
     for name, settings in ROWS:
         if not re.search(options.only, name):
             continue
-        started = time.perf_counter()
-        recipe = {"method": {"method": name, **settings}, "calibration": {"samples": TEXTS, "batch_size": 32}}
-        result = ffsplit.compress(
-            copy.deepcopy(dense), tokenizer, recipe=recipe, calibration=calibration, device="cpu", seed=0
-        )
-        seconds = time.perf_counter() - started
-        embeddings = embedded(result.model)
-        ffns = result.plan.ffns
-        row = {
-            "method": name,
-            "settings": settings,
-            "spearman": quality(embeddings),
-            "cosine": float(cosine_similarity(reference, embeddings, dim=-1).double().mean()),
-            "keep_ffn": result.plan.keep,
-            "bits_ffn": result.plan.bits,
-            "macs_ffn": sum(f.spec.macs for f in ffns) / sum(dense_spec(f.dense_shape).macs for f in ffns),
-            "seconds": round(seconds, 1),
-        }
+        row, text = bench.row(name, settings)
         document["rows"].append(row)
         print(
             f"{name:14s} {json.dumps(settings):60s} spearman {row['spearman']:6.2f} cosine {row['cosine']:.4f} "
-            f"keep {row['keep_ffn']:.3f} bits {row['bits_ffn']:6.3f} work {row['macs_ffn']:.3f} {seconds:.0f} s",
+            f"keep {row['keep_ffn']:.3f} bits {row['bits_ffn']:6.3f} work {row['macs_ffn']:.3f} {row['seconds']:.0f} s",
             flush=True,
         )
-        document["provenance"] = provenance(seed=0, data={"calibration": result.report["calibration"]["sha256"]})
+        document["provenance"] = provenance(seed=0, data={"calibration": text})
         write_result(options.out, document, options.folder)
 
 

@@ -104,7 +104,7 @@ def test_the_smallest_reachable_budget_is_reachable() -> None:
 
 
 def test_nothing_to_do_is_refused() -> None:
-    with pytest.raises(RecipeError, match="overrides leave all 2 FFNs as they are"):
+    with pytest.raises(RecipeError, match="all 2 FFNs would stay as they are"):
         plan_of("llama", {"method": "ffsplit", "overrides": [{"ffns": "0-1", "method": None}]})
 
 

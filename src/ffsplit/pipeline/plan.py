@@ -61,7 +61,7 @@ def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Seq
         BudgetError: a budget is out of reach for some layer; the message names it and the smallest reachable.
     """
     if not any(configs):
-        raise RecipeError(f"the overrides leave all {len(configs)} FFNs as they are, so there is nothing to do")
+        raise RecipeError(f"all {len(configs)} FFNs would stay as they are, so there is nothing to do")
     planned = []
     for site, shape, config in zip(sites, shapes, configs, strict=True):
         if config is None:
