@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class Run:
     verify: bool
     overwrite: bool
 
-    @property
+    @cached_property  # once saved, "." is no directory any more
     def journal(self) -> Path:
         """Beside the output, so that what is finished can be moved there."""
         target = self.out.resolve()
