@@ -7,7 +7,6 @@ The plain path is the reference. The other one is chosen for inference alone (to
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
+from ffsplit.kernels.cache import DerivedCache
 from ffsplit.ops.packing import unpack
 
 SPARSE_CORES = (8, 0)
@@ -54,40 +54,14 @@ def decode(
     return filled.view(rows, kept // n * m)[:, :columns]
 
 
-class SparseCoreCache:
-    """A 2:4 matrix in the layout of the sparse tensor cores, made from the stored one when it is first multiplied by.
-
-    It takes as much memory as the stored matrix, on top of it. Tensors that were replaced, or changed in place, are
-    noticed; after a cast or a move of the module, whoever does it calls :meth:`drop`. Copies and pickles are empty.
-    """
-
-    def __init__(self) -> None:
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget the matrix; the next forward makes it anew."""
-        self._weight: Tensor | None = None
-        self._source: tuple[Tensor, Tensor] | None = None
-        self._state: tuple[Any, ...] = ()
-
-    def weight(self, values: Tensor, positions: Tensor, *, columns: int, dtype: torch.dtype) -> Tensor:
-        """The matrix of these tensors in ``dtype``."""
-        state = (values._version, positions._version, dtype)
-        same = self._source is not None and self._source[0] is values and self._source[1] is positions
-        if self._weight is None or not same or self._state != state:
-            dense = decode(values.detach(), positions, n=2, m=4, columns=columns, dtype=dtype)
-            with warnings.catch_warnings():
-                # The method is marked experimental; torch saying so once a process would add nothing.
-                warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
-                self._weight = to_sparse_semi_structured(dense.contiguous())
-            self._source, self._state = (values, positions), state
-        return self._weight
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseCoreCache:
-        return SparseCoreCache()
-
-    def __reduce__(self) -> tuple[type[SparseCoreCache], tuple[()]]:
-        return SparseCoreCache, ()
+def _for_sparse_cores(values: Tensor, positions: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """A 2:4 matrix in the layout of the sparse tensor cores, which takes as much memory as the stored one."""
+    dense = decode(values.detach(), positions, n=2, m=4, columns=columns, dtype=dtype)
+    with warnings.catch_warnings():
+        # The method is marked experimental; torch saying so once a process would add nothing.
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
+        found: Tensor = to_sparse_semi_structured(dense.contiguous())
+    return found
 
 
 def n_m_linear(
@@ -97,12 +71,12 @@ def n_m_linear(
     *,
     n: int,
     m: int,
-    cache: SparseCoreCache,
+    cache: DerivedCache,
 ) -> Float[Tensor, "*tokens rows"]:
     """``x W^T`` for an N:M sparse ``W``, by whichever path can; see :func:`decode` for the arguments."""
     columns = x.shape[-1]
     if (n, m) == (2, 4) and _has_sparse_cores(x, values):
-        weight = cache.weight(values, positions, columns=columns, dtype=x.dtype)
+        weight = cache.get(x.dtype, (values, positions), lambda: _for_sparse_cores(values, positions, columns, x.dtype))
         flat: Tensor = linear(x.reshape(-1, columns).contiguous(), weight)
         return flat.reshape(*x.shape[:-1], values.shape[0])
     return linear(x, decode(values, positions, n=n, m=m, columns=columns, dtype=x.dtype))

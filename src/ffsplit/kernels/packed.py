@@ -1,12 +1,21 @@
-"""The reference forward of a packed low-bit matrix: unpack, dequantise, multiply."""
+"""The forwards of a packed low-bit matrix.
+
+The reference unpacks, dequantises and multiplies, anywhere. :func:`ffsplit.kernels.dispatch.packed_path` tells when
+another way is taken, and each keeps what it makes of the stored matrix in a :class:`DerivedCache`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.cpu_int4 import Int4Matrix, int4_linear, int4_matrix
+from ffsplit.kernels.dispatch import Path, as_autocast, packed_path
 from ffsplit.ops.packing import unpack
 from ffsplit.ops.rounding import scale_unit
 
@@ -67,27 +76,76 @@ def decoded_scale(
     return scale_bits.float() * scale_unit(row_scale.view(torch.float16))
 
 
+@dataclass(frozen=True)
+class PackedTensors:
+    """What is stored of a packed matrix; see :func:`dequantize` for the parts."""
+
+    packed: UInt8[Tensor, "out packed_in"]
+    scale_bits: Integer[Tensor, "out groups"]
+    packed_zero: UInt8[Tensor, " packed_zeros"] | None
+    row_scale: Int[Tensor, " out"] | None
+    input_scale: Int[Tensor, " columns"] | None
+    bits: int
+    group: int
+    columns: int
+
+    @property
+    def sources(self) -> tuple[Tensor | None, ...]:
+        return self.packed, self.scale_bits, self.packed_zero, self.row_scale, self.input_scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], self.columns
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "out columns"]:
+        """Decoded."""
+        return dequantize(
+            self.packed,
+            self.scale_bits,
+            self.packed_zero,
+            bits=self.bits,
+            group=self.group,
+            columns=self.columns,
+            dtype=dtype,
+            row_scale=self.row_scale,
+            input_scale=self.input_scale,
+        )
+
+    def int4(self) -> Int4Matrix:
+        """For torch's int4 kernel, without the factors of the inputs."""
+        scale = decoded_scale(self.scale_bits, self.row_scale).float()
+        if self.packed_zero is None:
+            zero = torch.full_like(scale, 2 ** (self.bits - 1))
+        else:
+            zero = unpack(self.packed_zero, self.bits, scale.numel()).view_as(scale).float()
+        codes = unpack(self.packed, self.bits, self.columns)
+        return int4_matrix(codes, scale, zero, bits=self.bits, group=self.group)
+
+
 def packed_linear(
-    x: Float[Tensor, "*tokens columns"],
-    packed: UInt8[Tensor, "out packed_in"],
-    scale_bits: Integer[Tensor, "out groups"],
-    packed_zero: UInt8[Tensor, " packed_zeros"] | None,
-    *,
-    bits: int,
-    group: int,
-    row_scale: Int[Tensor, " out"] | None = None,
-    input_scale: Int[Tensor, " columns"] | None = None,
+    x: Float[Tensor, "*tokens columns"], matrix: PackedTensors, cache: DerivedCache
 ) -> Float[Tensor, "*tokens out"]:
-    """``x W^T`` for a packed ``W``; gradients flow to ``x``."""
-    weight = dequantize(
-        packed,
-        scale_bits,
-        packed_zero,
-        bits=bits,
-        group=group,
-        columns=x.shape[-1],
-        dtype=x.dtype,
-        row_scale=row_scale,
-        input_scale=input_scale,
-    )
-    return linear(x, weight)
+    """``x W^T`` for a packed ``W``, by whichever way is the fastest for so many tokens; gradients flow to ``x``.
+
+    What is kept beside the stored codes: for the int4 kernel half a byte a weight (one above 4 bits), made when few
+    tokens first come; for many tokens the decoded matrix in the dtype of ``x``, as far as
+    :func:`ffsplit.kernels.cache.set_decoded_limit` leaves room for it.
+    """
+    path = packed_path(x, matrix.shape, bits=matrix.bits, group=matrix.group, sources=matrix.sources)
+    if path is Path.REFERENCE:
+        return linear(x, matrix.dense(x.dtype))
+    inputs = as_autocast(x)
+    if path is Path.CPU_INT4:
+        if matrix.input_scale is not None:
+            inputs = (inputs.float() * matrix.input_scale.view(torch.float16).float()).to(inputs.dtype)
+        return int4_linear(inputs, cache.get(path, matrix.sources, matrix.int4))
+    return linear(inputs, _kept_dense(matrix, inputs.dtype, cache))
+
+
+def _kept_dense(matrix: PackedTensors, dtype: torch.dtype, cache: DerivedCache) -> Float[Tensor, "out columns"]:
+    """The decoded matrix: the kept one, or one to be kept if there is room."""
+    key = Path.DECODED, dtype
+    rows, columns = matrix.shape
+    if not cache.holds(key, matrix.sources) and rows * columns * dtype.itemsize > decoded_room():
+        return matrix.dense(dtype)
+    return cache.get(key, matrix.sources, lambda: counted(matrix.dense(dtype)))

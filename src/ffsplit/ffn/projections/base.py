@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor, nn
+
+from ffsplit.kernels.cache import DerivedCache
 
 Shape = tuple[NonNegativeInt, NonNegativeInt]
 """``[out, in]``."""
@@ -51,10 +54,24 @@ class StorageSpec(Spec, ABC):
 
 
 class Projection(nn.Module, ABC):
-    """A matrix ``W [out, in]`` in some storage. ``forward`` gives ``x W^T``; biases belong to the branch."""
+    """A matrix ``W [out, in]`` in some storage. ``forward`` gives ``x W^T``; biases belong to the branch.
+
+    Attributes:
+        derived: what its kernels have made of the stored tensors.
+    """
 
     spec: Any
     """The structure; which :class:`StorageSpec` it is, the subclass says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.derived = DerivedCache()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A cast or a move may leave the tensors' versions as they were.
+        self.derived.drop()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     @abstractmethod

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ffsplit.ffn.projections.base import Projection, StorageSpec
-from ffsplit.kernels.n_m import SparseCoreCache, decode, n_m_linear, position_bits
+from ffsplit.kernels.n_m import decode, n_m_linear, position_bits
 from ffsplit.ops.packing import pack, packed_columns
 
 
@@ -65,7 +64,6 @@ class NM(Projection):
         self.spec: NMSpec = spec
         self.values = nn.Parameter(values.contiguous())
         self.register_buffer("positions", positions)
-        self._cache = SparseCoreCache()
 
     @classmethod
     def from_dense(cls, weight: Float[Tensor, "out in"], kept: Bool[Tensor, "out in"], n: int, m: int) -> NM:
@@ -91,15 +89,9 @@ class NM(Projection):
         positions = torch.empty(rows, spec.position_bytes, dtype=torch.uint8, device=device)
         return cls(spec, torch.empty(rows, spec.kept, dtype=dtype, device=device), positions)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> NM:
-        # A cast or a move may leave the tensors' versions as they were.
-        self._cache.drop()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         spec, dtype = self.spec, dtype or self.values.dtype
         return decode(self.values, self.positions, n=spec.n, m=spec.m, columns=spec.shape[1], dtype=dtype)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return n_m_linear(x, self.values, self.positions, n=self.spec.n, m=self.spec.m, cache=self._cache)
+        return n_m_linear(x, self.values, self.positions, n=self.spec.n, m=self.spec.m, cache=self.derived)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ffsplit.ffn.projections.base import Projection, StorageSpec
-from ffsplit.kernels.packed import dequantize, packed_linear
+from ffsplit.kernels.packed import PackedTensors, packed_linear
 from ffsplit.ops.packing import pack, packed_columns
 from ffsplit.ops.rounding import Grid
 
@@ -131,28 +131,21 @@ class Packed(Projection):
             torch.empty(columns, dtype=torch.int16, device=device) if spec.input_scale else None,
         )
 
-    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+    def _stored(self) -> PackedTensors:
         spec = self.spec
-        return dequantize(
+        return PackedTensors(
             self.codes,
             self.scale,
             self.zero,
+            self.row_scale,
+            self.input_scale,
             bits=spec.bits,
             group=spec.group,
             columns=spec.shape[1],
-            dtype=dtype or torch.float32,
-            row_scale=self.row_scale,
-            input_scale=self.input_scale,
         )
 
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        return self._stored().dense(dtype or torch.float32)
+
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return packed_linear(
-            x,
-            self.codes,
-            self.scale,
-            self.zero,
-            bits=self.spec.bits,
-            group=self.spec.group,
-            row_scale=self.row_scale,
-            input_scale=self.input_scale,
-        )
+        return packed_linear(x, self._stored(), self.derived)

@@ -1,0 +1,118 @@
+"""What a kernel makes of a stored matrix, kept beside it until the stored tensors change."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+T = TypeVar("T")
+State = tuple[tuple[int, int], ...]
+SHARE_OF_MEMORY = 0.25
+"""Of the machine's memory, which decoded matrices may fill unless :func:`set_decoded_limit` was told otherwise."""
+
+
+class DerivedCache:
+    """Whatever was made from stored tensors, under a key for each kind of it, made when it is first asked for.
+
+    Tensors that were replaced, or changed in place, are noticed; after a cast or a move of the module, whoever does it
+    calls :meth:`drop`. Copies and pickles are empty, and nothing here is in any ``state_dict``.
+    """
+
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget everything; what is asked for next is made anew."""
+        self._sources: tuple[Tensor, ...] = ()
+        self._state: State = ()
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
+        """What ``make`` returns, or returned when it was last called with this key and these very tensors.
+
+        Args:
+            key: what is made: a name, a dtype, whatever else than the sources it depends on.
+            sources: the tensors that it is made from, no inference tensors (their changes cannot be seen).
+            make: makes it.
+        """
+        self._look_at(sources)
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
+
+    def holds(self, key: Hashable, sources: Sequence[Tensor | None]) -> bool:
+        """Whether it is there and still right."""
+        self._look_at(sources)
+        return key in self._made
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._made
+
+    def _look_at(self, sources: Sequence[Tensor | None]) -> None:
+        """Forget what was made from other tensors than these, or from these before they were changed."""
+        present = tuple(source for source in sources if source is not None)
+        # A new memory address with the same version: somebody assigned to `.data`.
+        state = tuple((source._version, source.data_ptr()) for source in present)
+        same = len(present) == len(self._sources) and all(a is b for a, b in zip(present, self._sources, strict=True))
+        if not same or state != self._state:
+            self.drop()
+            self._sources, self._state = present, state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DerivedCache:
+        return DerivedCache()
+
+    def __reduce__(self) -> tuple[type[DerivedCache], tuple[()]]:
+        return DerivedCache, ()
+
+
+class _Decoded:
+    """Bytes of the decoded matrices that this process keeps."""
+
+    kept = 0
+    limit: int | None = None
+
+
+def set_decoded_limit(limit: int | None) -> None:
+    """How many bytes of decoded matrices all caches of this process may keep together.
+
+    Matrices that are kept already stay. One for which there is no room is decoded at every forward, which takes longer
+    and gives the same numbers.
+
+    Args:
+        limit: bytes; 0 keeps none; None is a quarter of the machine's memory.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit={limit}: a number of bytes is at least 0")
+    _Decoded.limit = limit
+
+
+def decoded_room() -> int:
+    """Bytes of decoded matrices that may still be kept."""
+    limit = int(SHARE_OF_MEMORY * _memory()) if _Decoded.limit is None else _Decoded.limit
+    return limit - _Decoded.kept
+
+
+def counted(matrix: Tensor) -> Tensor:
+    """The matrix, counted as a decoded one for as long as it lives."""
+    _Decoded.kept += matrix.nbytes
+    weakref.finalize(matrix, _uncount, matrix.nbytes)
+    return matrix
+
+
+def _uncount(size: int) -> None:
+    _Decoded.kept -= size
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine; 0 where nobody says."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

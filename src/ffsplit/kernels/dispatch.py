@@ -1,0 +1,78 @@
+"""Which of a storage's forwards is run: decided anew for every call, from what is known without looking at numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from ffsplit.kernels import cpu_int4
+
+SMALLEST = 2**16
+"""Weights below which a matrix is decoded as it always was: nothing to gain, and small examples stay exact."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
+
+
+class Path(StrEnum):
+    """A way to multiply by a packed matrix."""
+
+    REFERENCE = "reference"
+    """Decode and multiply, keep nothing: anywhere, traceable, with gradients."""
+    DECODED = "decoded"
+    """Multiply by the decoded matrix, which is kept."""
+    CPU_INT4 = "cpu_int4"
+    """torch's int4 kernel for CPUs."""
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Within this, every storage takes its reference path."""
+    token = _reference_only.set(True)
+    try:
+        yield
+    finally:
+        _reference_only.reset(token)
+
+
+def packed_path(x: Tensor, shape: tuple[int, int], *, bits: int, group: int, sources: Sequence[Tensor | None]) -> Path:
+    """How to multiply these inputs by a packed matrix.
+
+    Args:
+        x: ``[*tokens, columns]``.
+        shape: rows and columns of the matrix.
+        bits: of its codes.
+        group: columns that share a scale.
+        sources: the stored tensors.
+    """
+    if not takes_kernels(x, sources) or shape[0] * shape[1] < SMALLEST or x.dtype not in FLOATS:
+        return Path.REFERENCE
+    if x.device.type == "cpu":
+        few = x.numel() // shape[1] <= cpu_int4.most_tokens(bits)
+        right = cpu_int4.fits(shape, group) and cpu_int4.is_precise_enough(as_autocast(x).dtype, bits)
+        return Path.CPU_INT4 if few and right else Path.DECODED
+    return Path.REFERENCE
+
+
+def takes_kernels(x: Tensor, sources: Sequence[Tensor | None]) -> bool:
+    """Whether this call may run a kernel without gradient, from a cache: eager, not traced, nothing differentiated."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _reference_only.get() or not x.numel():
+        return False
+    if type(x) not in (Tensor, nn.Parameter):  # fake tensors, functional ones, other subclasses
+        return False
+    present = [source for source in sources if source is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *present)):
+        return False
+    return not any(source.is_inference() or source.device != x.device for source in present)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """The inputs in the dtype that autocast, if it is on, gives those of a product."""
+    if x.dtype not in FLOATS or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
