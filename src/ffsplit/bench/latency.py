@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,9 +106,21 @@ def prefill_seconds(model: PreTrainedModel, window: Int[Tensor, "batch seq_len"]
 
 
 def decode_seconds(
-    model: PreTrainedModel, prompt: Int[Tensor, "batch seq_len"], new_tokens: int, clock: Clock
+    model: PreTrainedModel,
+    prompt: Int[Tensor, "batch seq_len"],
+    new_tokens: int,
+    clock: Clock,
+    flush: Callable[[], None] | None = None,
 ) -> float:
     """Mean time of a token over a greedy decode of ``new_tokens``; the prompt's own forward is not timed.
+
+    Args:
+        model: a causal one.
+        prompt: token ids to decode from.
+        new_tokens: how many.
+        clock: seconds, monotonic.
+        flush: called before every token, out of the time, to empty the cache of weights that a model small enough
+            would leave there.
 
     Raises:
         ModelError: the model keeps no key-value cache.
@@ -118,13 +130,26 @@ def decode_seconds(
     if cache is None:
         raise ModelError(f"{type(model).__name__} keeps no key-value cache, so decoding cannot be timed")
     token = output.logits[:, -1:].argmax(-1)
-    synchronize(token.device)
-    started = clock()
+    seconds = 0.0
+    for count in _stretches(new_tokens, flush):
+        synchronize(token.device)
+        started = clock()
+        for _ in range(count):
+            output = _step(model, token, cache)
+            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        synchronize(token.device)
+        seconds += clock() - started
+    return seconds / new_tokens
+
+
+def _stretches(new_tokens: int, flush: Callable[[], None] | None) -> Iterator[int]:
+    """Tokens between two looks at the clock: all of them, or one each with an emptied cache."""
+    if flush is None:
+        yield new_tokens
+        return
     for _ in range(new_tokens):
-        output = _step(model, token, cache)
-        cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-    synchronize(token.device)
-    return (clock() - started) / new_tokens
+        flush()
+        yield 1
 
 
 def can_decode(model: PreTrainedModel, window: Int[Tensor, "batch seq_len"]) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from ffsplit.budget.scene import Scene
 from ffsplit.errors import BudgetError, RecipeError
+from ffsplit.ffn.made_up import fill
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
@@ -168,7 +169,7 @@ def timed(scene: Scene, specs: Sequence[SumSpec], layer: int, tokens: int) -> li
     # Moved once more: an activation with a parameter comes from wherever the model is.
     modules = [module.to(device).requires_grad_(False).eval() for module in made]
     for module in modules:
-        _fill(module)
+        fill(module)
     x = torch.randn(tokens, scene.shapes[layer].d_model, dtype=dtype, device=device)
 
     def turn(module: SumFFN) -> float:
@@ -180,17 +181,6 @@ def timed(scene: Scene, specs: Sequence[SumSpec], layer: int, tokens: int) -> li
 
     with torch.inference_mode():
         return medians([partial(turn, module) for module in modules], ROUNDS, WARMUP)
-
-
-@torch.no_grad()
-def _fill(module: SumFFN) -> None:
-    """Random numbers: memory that was never written may hold NaN, which some processors multiply slowly."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
-        else:
-            tensor.zero_()
 
 
 def cost_of(scene: Scene, budget: str, value: float | int | str) -> Cost:

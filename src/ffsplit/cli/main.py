@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ffsplit.cli.bench import bench
 from ffsplit.cli.compare import compare
 from ffsplit.cli.compress import compress
 from ffsplit.cli.decompress import decompress
@@ -30,6 +31,7 @@ app.command("inspect")(inspect)
 app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
+app.command("bench")(bench)
 app.command("methods")(methods)
 app.command("decompress")(decompress)
 app.command("slice")(slice_)

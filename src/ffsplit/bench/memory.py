@@ -1,0 +1,63 @@
+"""Bytes that modules hold and that work needs while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffsplit.evaluate.size import unique_bytes
+
+_PROCESS = Path("/proc/self")
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of the distinct storages that a module holds: parameters, buffers, and whatever its kernels keep beside."""
+    return unique_bytes(tensor for part in module.modules() for tensor in _held(vars(part)))
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's state dict: what a checkpoint stores and a forward has to read."""
+    return unique_bytes(value for value in module.state_dict().values() if isinstance(value, Tensor))
+
+
+def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that work takes beyond what was taken before it; ``None`` where no system counter tells.
+
+    On an accelerator torch's own count, on Linux the resident set of the process (in pages, so small work takes 0).
+    """
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        work()
+        torch.accelerator.synchronize(device)
+        return max(0, torch.accelerator.max_memory_allocated(device) - before)
+    try:
+        (_PROCESS / "clear_refs").write_text("5")  # sets the peak to what is resident now
+        before = _kilobytes("VmRSS")
+        work()
+        return 1024 * max(0, _kilobytes("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _kilobytes(name: str) -> int:
+    lines = (line.split() for line in (_PROCESS / "status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}[name]
+
+
+def _held(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _held(inner)
+    elif isinstance(value, list | tuple | set):
+        for inner in value:
+            yield from _held(inner)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _held(vars(value) if hasattr(value, "__dict__") else {})
