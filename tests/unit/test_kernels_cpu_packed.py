@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.ffn.projections import Packed
-from ffsplit.kernels import cache, cpu_int4
+from ffsplit.kernels import cache, cpu, cpu_int4
 from ffsplit.kernels.dispatch import Path, packed_path, reference_only
 from ffsplit.ops.rounding import round_to_nearest
 
@@ -62,7 +62,7 @@ def poisoned_memory() -> Iterator[None]:
 @torch.no_grad()
 def test_every_width_dtype_and_grid_agrees_with_float64(bits: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     stored = packed(bits, **options)
-    for tokens in ((1,), (3,), (2, 4), (17,)):
+    for tokens in ((1,), (3,), (2, 4), (33,)):
         x = torch.randn(*tokens, 256).to(dtype)
         found = stored(x)
         assert found.dtype == dtype
@@ -102,10 +102,12 @@ def test_few_tokens_take_the_kernel_and_many_the_decoded_matrix() -> None:
     four, eight = packed(4), packed(8)
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert path(four, torch.ones(16, 256, dtype=dtype)) is Path.CPU_INT4
-            assert path(four, torch.ones(2, 9, 256, dtype=dtype)) is Path.DECODED
-        assert path(eight, torch.ones(8, 256, dtype=torch.bfloat16)) is Path.CPU_INT4
-        assert path(eight, torch.ones(9, 256, dtype=torch.bfloat16)) is Path.DECODED
+            most = cpu_int4.most_tokens(4)
+            assert path(four, torch.ones(2, most // 2, 256, dtype=dtype)) is Path.CPU_INT4
+            assert path(four, torch.ones(most + 1, 256, dtype=dtype)) is Path.DECODED
+        most = cpu_int4.most_tokens(8)
+        assert path(eight, torch.ones(most, 256, dtype=torch.bfloat16)) is Path.CPU_INT4
+        assert path(eight, torch.ones(most + 1, 256, dtype=torch.bfloat16)) is Path.DECODED
         assert path(eight, torch.ones(1, 256)) is Path.DECODED, "8 bits lose too much in bfloat16"
         assert path(four, torch.ones(1, 256, dtype=torch.float64)) is Path.REFERENCE
         assert path(four, torch.ones(0, 256)) is Path.REFERENCE
@@ -125,6 +127,31 @@ def test_torchs_own_switch_lets_8_bits_in_float32_take_the_kernel() -> None:
         assert path(packed(8), torch.ones(1, 256)) is Path.CPU_INT4
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_bfloat16_is_fast_with_tiles_and_on_amds() -> None:
+    x86 = {"architecture": "x86_64", "avx512_bf16": True}
+    assert cpu.slow_in_bfloat16(x86 | {"cpu_name": "Intel Xeon"})
+    assert cpu.slow_in_bfloat16({"architecture": "x86_64"})
+    assert not cpu.slow_in_bfloat16(x86 | {"cpu_name": "Intel Xeon", "amx_bf16": True})
+    assert not cpu.slow_in_bfloat16(x86 | {"cpu_name": "AMD EPYC"})
+    assert not cpu.slow_in_bfloat16({"architecture": "aarch64"})
+    assert not cpu.slow_in_bfloat16({})
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@torch.no_grad()
+def test_either_dtype_of_the_product_is_right(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SLOW_BFLOAT16", slow)
+    stored = packed(4)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(40, 256).to(dtype)
+        found = stored(x)
+        assert found.dtype == dtype
+        assert error(found, exact(stored, x)) < ROUNDED
+        assert stored.derived.holds(
+            (Path.DECODED, torch.float32 if slow else dtype), (stored.codes, stored.scale, stored.zero)
+        )
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

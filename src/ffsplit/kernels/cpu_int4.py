@@ -19,18 +19,19 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ffsplit.kernels import cpu
+
 GROUPS = (256, 128, 64, 32)
 ROWS = 16
 """Rows are filled up to a multiple of this."""
 HALF = 4
 SURE_BITS = 6
 """Up to these the codes' own rounding is so large that the kernel's does not matter."""
-MOST_TOKENS = 16
-"""About where multiplying by the decoded matrix overtakes the kernel, whose time grows with the tokens."""
-AVAILABLE = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") and torch.backends.cpu.get_cpu_capability() in (
-    "AVX2",
-    "AVX512",
-)
+MOST_TOKENS = {1: 24, 2: 4}
+"""By halves a code: about where multiplying by the decoded matrix overtakes the kernel, which takes tokens in fours."""
+MOST_BESIDE_BFLOAT16 = {1: 8, 2: 4}
+"""The same where products in bfloat16 are fast."""
+AVAILABLE = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") and cpu.VECTORS in ("AVX2", "AVX512")
 """Elsewhere torch runs the kernel without vector instructions."""
 
 
@@ -65,7 +66,8 @@ def is_precise_enough(dtype: torch.dtype, bits: int) -> bool:
 
 def most_tokens(bits: int) -> int:
     """Up to how many tokens the kernel is the faster way."""
-    return MOST_TOKENS // halves(bits)
+    limits = MOST_TOKENS if cpu.SLOW_BFLOAT16 else MOST_BESIDE_BFLOAT16
+    return limits[halves(bits)]
 
 
 def fits(shape: tuple[int, int], group: int) -> bool:

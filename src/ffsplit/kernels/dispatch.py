@@ -10,7 +10,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from ffsplit.kernels import cpu_int4
+from ffsplit.kernels import cpu_int4, cpu_int8
 
 SMALLEST = 2**16
 """Weights below which a matrix is decoded as it always was: nothing to gain, and small examples stay exact."""
@@ -57,6 +57,14 @@ def packed_path(x: Tensor, shape: tuple[int, int], *, bits: int, group: int, sou
         right = cpu_int4.fits(shape, group) and cpu_int4.is_precise_enough(as_autocast(x).dtype, bits)
         return Path.CPU_INT4 if few and right else Path.DECODED
     return Path.REFERENCE
+
+
+def cpu_int8_takes(x: Tensor, codes: Tensor) -> bool:
+    """Whether int8 products of these inputs, once rounded, and codes ``[out, columns]`` go to the CPU's kernel."""
+    shape = codes.shape[0], codes.shape[1]
+    if not takes_kernels(x, (codes,)) or codes.numel() < SMALLEST or x.dtype not in FLOATS:
+        return False
+    return x.device.type == "cpu" and cpu_int8.fits(shape)
 
 
 def takes_kernels(x: Tensor, sources: Sequence[Tensor | None]) -> bool:

@@ -10,6 +10,9 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ffsplit.kernels import cpu_int8
+from ffsplit.kernels.cache import DerivedCache
+from ffsplit.kernels.dispatch import cpu_int8_takes
 from ffsplit.kernels.straight_through import with_gradient_of
 
 LARGEST = 127
@@ -36,7 +39,8 @@ def round_rows(
     if scale is None:
         largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
         scale = torch.where(largest == 0, 1.0, largest / LARGEST)
-    return torch.round(wide / scale).clamp(-LARGEST, LARGEST).nan_to_num(0.0).to(torch.int8), scale
+    codes = (wide / scale).round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0.0).to(torch.int8)
+    return codes, scale
 
 
 def exact_product(a: Int8[Tensor, "rows columns"], b: Int8[Tensor, "out columns"]) -> Int[Tensor, "rows out"]:
@@ -62,10 +66,20 @@ def _padded(matrix: Int8[Tensor, "rows columns"], more: int, wider: int) -> Int8
 
 
 def int8_linear(
-    x: Float[Tensor, "*tokens columns"], codes: Int8[Tensor, "out columns"], scale: Float[Tensor, " out"]
+    x: Float[Tensor, "*tokens columns"],
+    codes: Int8[Tensor, "out columns"],
+    scale: Float[Tensor, " out"],
+    cache: DerivedCache,
 ) -> Float[Tensor, "*tokens out"]:
-    """``x W^T`` with ``x`` rounded to int8 per token; the gradient of ``x`` is that of the unrounded product."""
+    """``x W^T`` with ``x`` rounded to int8 per token; the gradient of ``x`` is that of the unrounded product.
+
+    On CPUs with a kernel for it, a copy of the codes in its order is kept: a byte a weight.
+    """
     rounded, x_scale = round_rows(x.detach().reshape(-1, x.shape[-1]))
-    sums = product(rounded, codes).to(x_scale)
-    found = (sums * x_scale * scale.to(x_scale)).to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    if cpu_int8_takes(x, codes):
+        made = cache.get("cpu_int8", (codes,), lambda: cpu_int8.int8_matrix(codes))
+        sums = cpu_int8.product(rounded, made)
+    else:
+        sums = product(rounded, codes).to(x_scale)
+    found = sums.mul_(x_scale).mul_(scale.to(x_scale)).to(x.dtype).view(*x.shape[:-1], codes.shape[0])
     return with_gradient_of(found, x, lambda: codes.to(x_scale) * scale.to(x_scale)[:, None])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.cpu import product_dtype
 from ffsplit.kernels.cpu_int4 import Int4Matrix, int4_linear, int4_matrix
 from ffsplit.kernels.dispatch import Path, as_autocast, packed_path
 from ffsplit.ops.packing import unpack
@@ -139,7 +140,9 @@ def packed_linear(
         if matrix.input_scale is not None:
             inputs = (inputs.float() * matrix.input_scale.view(torch.float16).float()).to(inputs.dtype)
         return int4_linear(inputs, cache.get(path, matrix.sources, matrix.int4))
-    return linear(inputs, _kept_dense(matrix, inputs.dtype, cache))
+    # Autocast would cast the decoded matrix at every forward.
+    dtype = inputs.dtype if torch.is_autocast_enabled(x.device.type) else product_dtype(inputs.dtype)
+    return linear(inputs.to(dtype), _kept_dense(matrix, dtype, cache)).to(inputs.dtype)
 
 
 def _kept_dense(matrix: PackedTensors, dtype: torch.dtype, cache: DerivedCache) -> Float[Tensor, "out columns"]:

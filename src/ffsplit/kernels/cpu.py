@@ -1,0 +1,31 @@
+"""What this CPU is good at, as far as it decides between two ways to the same product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def _capabilities() -> dict[str, Any]:
+    """What torch tells of the CPU; nothing before it could."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def slow_in_bfloat16(told: dict[str, Any]) -> bool:
+    """Whether products of matrices are faster in float32 than in bfloat16, rounding included.
+
+    So it is on x86 with neither tiles (AMX) nor AMD's dot products in bfloat16; Intel's take longer than float32 ones.
+    """
+    fast = told.get("amx_bf16") or (told.get("avx512_bf16") and "AMD" in str(told.get("cpu_name")))
+    return told.get("architecture") == "x86_64" and not fast
+
+
+CAPABILITIES = _capabilities()
+VECTORS = torch.backends.cpu.get_cpu_capability()
+SLOW_BFLOAT16 = slow_in_bfloat16(CAPABILITIES)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype inputs of this one are best multiplied by a matrix that may be decoded into any."""
+    return torch.float32 if SLOW_BFLOAT16 and dtype in (torch.bfloat16, torch.float16) else dtype

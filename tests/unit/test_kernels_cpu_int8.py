@@ -1,0 +1,86 @@
+"""The int8 storage through oneDNN: the very numbers of the exact product, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ffsplit.ffn.projections import Int8Dynamic, Int8DynamicSpec
+from ffsplit.kernels import cpu_int8
+from ffsplit.kernels.dispatch import cpu_int8_takes, reference_only
+from ffsplit.kernels.int8 import exact_product, round_rows
+
+pytestmark = pytest.mark.skipif(not cpu_int8.AVAILABLE, reason="this CPU has no VNNI")
+
+
+def stored(rows: int, columns: int) -> Int8Dynamic:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    return Int8Dynamic.from_dense(weight, Int8DynamicSpec(shape=(rows, columns)), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(272, 256), (257, 263), (1, 65_536), (70_000, 1)])
+@torch.no_grad()
+def test_the_kernel_gives_the_very_numbers_of_the_reference(rows: int, columns: int, dtype: torch.dtype) -> None:
+    projection = stored(rows, columns)
+    for tokens in ((1,), (3,), (2, 17), (0,), ()):
+        x = torch.randn(*tokens, columns).to(dtype)
+        with reference_only():
+            wanted = projection(x)
+        assert torch.equal(projection(x), wanted)
+    assert projection.derived.is_empty != cpu_int8.fits((rows, columns))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3), (33, 4096), (64, 100)])
+def test_sums_are_exact_at_their_largest(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    signs = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.int8) * 2 - 1
+    codes, x = 127 * signs, 127 * signs[:3]
+    torch.full((2**16,), float("nan"))  # freed at once: memory that is not written shows
+    found = cpu_int8.product(x, cpu_int8.int8_matrix(codes))
+    assert torch.equal(found, exact_product(x, codes).float())
+
+
+@torch.no_grad()
+def test_a_token_with_nan_or_inf_says_so_and_spoils_no_other() -> None:
+    projection = stored(272, 256)
+    x = torch.randn(3, 256)
+    clean = projection(x)
+    x[1, 7], x[2, 9] = float("nan"), float("inf")
+    found = projection(x)
+    assert torch.equal(found[0], clean[0])
+    assert not bool(found[1:].isfinite().any())
+
+
+@torch.no_grad()
+def test_what_is_kept_follows_the_codes_and_is_no_state() -> None:
+    projection = stored(272, 256)
+    x = torch.randn(2, 256)
+    before = projection(x)
+    assert set(projection.state_dict()) == {"codes", "scale"}
+    assert copy.deepcopy(projection).derived.is_empty
+    projection.codes.neg_()
+    assert torch.equal(projection(x), -before)
+    projection.to(torch.bfloat16)
+    assert projection.derived.is_empty
+
+
+def test_gradients_float64_and_small_matrices_take_the_reference() -> None:
+    projection = stored(272, 256)
+    x = torch.randn(2, 256, requires_grad=True)
+    assert not cpu_int8_takes(x, projection.codes)
+    projection(x).sum().backward()
+    torch.testing.assert_close(x.grad, projection.dense().sum(0).expand(2, -1))
+    with torch.no_grad():
+        assert cpu_int8_takes(x, projection.codes)
+        assert not cpu_int8_takes(x.double(), projection.codes)
+        assert not cpu_int8_takes(x[:, :8], stored(272, 8).codes)
+
+
+def test_rounding_leaves_its_input_alone() -> None:
+    x = torch.randn(2, 8)
+    before = x.clone()
+    round_rows(x)
+    assert torch.equal(x, before)
