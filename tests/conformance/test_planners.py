@@ -17,11 +17,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import ffsplit
 from ffsplit.budget import registry
-from ffsplit.budget.registry import Decision, entry_config, planners
+from ffsplit.budget.registry import Decision, PlannerConfig, entry_config, planners
 from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.batches import make_batches
 from ffsplit.calibrate.gradients import collect_gradients
-from ffsplit.families import find_ffns
+from ffsplit.families import DroppedAttention, find_attention, find_ffns
 from ffsplit.families.forward import evaluating
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
@@ -87,10 +87,11 @@ def example(family: str, name: str, index: int) -> ffsplit.CompressionResult:
     return decided(family, name, CASES[name][index])
 
 
-def scene_of(model: PreTrainedModel, store: Path | None = None) -> Scene:
+def scene_of(model: PreTrainedModel, store: Path | None = None, *, attention: bool = False) -> Scene:
     found = find_ffns(model)
     data = make_batches(model, None, ids(), seq_len=32, samples=6, batch_size=1)
-    return Scene(model, found, shapes_of(model, found), data, torch.device("cpu"), store=store)
+    sites = find_attention(model, found).sites if attention else ()
+    return Scene(model, found, shapes_of(model, found), data, torch.device("cpu"), store=store, attention=sites)
 
 
 def state(model: PreTrainedModel) -> list[object]:
@@ -102,13 +103,20 @@ def state(model: PreTrainedModel) -> list[object]:
 
 
 def decision_on(model: PreTrainedModel, name: str, case: dict[str, Any], store: Path | None = None) -> Decision:
+    return decision_and_scene(model, name, case, store)[0]
+
+
+def decision_and_scene(
+    model: PreTrainedModel, name: str, case: dict[str, Any], store: Path | None = None
+) -> tuple[Decision, Scene]:
     config = entry_config({"method": name, **case})
+    assert isinstance(config, PlannerConfig)
     with evaluating(model):
-        scene = scene_of(model, store)
+        scene = scene_of(model, store, attention=config.looks_at_attention)
         if config.needs_gradients:
             taken = collect_gradients(model, scene.found.sites, scene.batches(), scene.device)
             scene = replace(scene, gradients=taken)
-        return planners()[name].decide(scene, config)
+        return planners()[name].decide(scene, config), scene
 
 
 def test_every_planner_has_cases() -> None:
@@ -127,7 +135,10 @@ def test_the_budget_is_met_over_the_whole_model(family: str, name: str, case: di
     result = example(family, name, CASES[name].index(case))
     plan = result.plan
     assert len(plan.ffns) == LAYERS
-    assert any(ffn.method is not None for ffn in plan.ffns)
+    assert plan.attention or any(ffn.method is not None for ffn in plan.ffns)
+    assert not plan.attention or case.get("target") in ("attention", "joint") or name == "ffn-fusion"
+    for gone in plan.attention:
+        assert isinstance(result.model.get_submodule(gone.site.name), DroppedAttention)
     for budget in ("keep", "bits"):
         assert budget not in case or getattr(plan, budget) <= case[budget]
     modules = [result.model.get_submodule(ffn.name) for ffn in plan.ffns]
@@ -154,10 +165,11 @@ def test_the_decision_is_methods_that_exist_and_says_what_was_done(
 ) -> None:
     found = example(family, name, CASES[name].index(case))
     model = dense(family)
-    decision = decision_on(model, name, case)
+    decision, scene = decision_and_scene(model, name, case)
     assert all(config is None or get_method(config.method) for config in decision)
-    sites = find_ffns(model)
-    assert make_plan(sites.sites, shapes_of(model, sites), decision) == found.plan
+    gone = [scene.attention[place] for place in scene.left_out]
+    assert gone == [planned.site for planned in found.plan.attention]
+    assert make_plan(scene.found.sites, scene.shapes, decision, found.plan.attention) == found.plan
 
 
 @pytest.mark.parametrize(("family", "name", "case"), FIRST, ids=label)

@@ -1,4 +1,4 @@
-"""Trying out what the model answers when some of its FFNs are dropped; everything is put back."""
+"""Trying out what the model answers when some FFNs or attentions are dropped; everything is put back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ffsplit.budget.ledger import Ledger
 from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.replay import BlockReplay
-from ffsplit.families import replace
+from ffsplit.families import AttentionSite, drop_attention, replace
 from ffsplit.families.blocks import Block
 from ffsplit.families.surgery import restore
 from ffsplit.ffn.sum import SumFFN
@@ -23,12 +23,12 @@ Score = Callable[[BlockReplay, Block], float]
 
 
 class Dropper:
-    """Measures sets of dropped FFNs, with their replacements in place, and measures none twice.
+    """Measures sets of dropped sub-layers, FFNs with their replacements in place, and measures none twice.
 
     Args:
         scene: the dense model.
         drop: what takes the place of a dropped FFN; fitted once, on the dense model's inputs.
-        candidates: the FFNs that may be dropped.
+        candidates: what may be dropped, by its place in ``scene.sub_layers``.
         score: what is measured.
         name: of the score; with `drop` and ``batches`` it says which measurements of an earlier run are the same.
         batches: that the score looks at.
@@ -42,10 +42,10 @@ class Dropper:
         self._ledger = Ledger(self._file)
         self._scene, self._drop, self._score, self._batches = scene, drop, score, batches
         self._candidates = candidates
-        self._fitted: dict[int, SumFFN] = {}
+        self._fitted: dict[int, SumFFN] | None = None
 
     def one_more(self, dropped: Collection[int]) -> dict[int, float]:
-        """The score for each FFN that is not dropped yet, if it went too. Starts each run at that FFN's block."""
+        """The score for each candidate that is not dropped yet, if it went too. Starts each run at its block."""
         left = [index for index in self._candidates if index not in dropped]
         missing = {index for index in left if self._ledger.get(_key([*dropped, index])) is None}
         if missing:
@@ -57,7 +57,7 @@ class Dropper:
         return {index: self._known([*dropped, index]) for index in left}
 
     def score(self, dropped: Collection[int]) -> float:
-        """The score with a set of FFNs dropped."""
+        """The score with a set of candidates dropped."""
         if self._ledger.get(_key(dropped)) is None:
             with self._standing_in(dropped), closing(self._walk()) as walk:
                 block, replay = next(walk)
@@ -73,8 +73,7 @@ class Dropper:
         return value
 
     def _measure_block(self, block: Block, replay: BlockReplay, dropped: Collection[int], missing: set[int]) -> None:
-        for site in block.sites:
-            index = self._scene.index_of(site)
+        for index, _ in self._scene.inside(block):
             if index in missing:
                 with self._standing_in([index]):
                     self._ledger.put(_key([*dropped, index]), self._score(replay, block))
@@ -82,16 +81,20 @@ class Dropper:
 
     @contextmanager
     def _standing_in(self, dropped: Collection[int]) -> Iterator[None]:
-        """The model with replacements in the place of some FFNs."""
-        if not self._fitted:
+        """The model with replacements in the place of some FFNs, and without some attentions."""
+        if self._fitted is None:
             self._fitted = self._fit()
-        model, sites = self._scene.model, self._scene.found.sites
+        model = self._scene.model
         taken = []
         try:
             for index in dropped:
-                down = next(model.get_submodule(sites[index].down).parameters())
+                site = self._scene.sub_layers[index]
+                if isinstance(site, AttentionSite):
+                    taken.append(drop_attention(model, site))
+                    continue
+                down = next(model.get_submodule(site.down).parameters())
                 module = self._fitted[index].to(device=self._scene.device, dtype=down.dtype)
-                taken.append(replace(model, sites[index], module))
+                taken.append(replace(model, site, module))
             yield
         finally:
             for originals in reversed(taken):
@@ -99,11 +102,12 @@ class Dropper:
 
     @torch.no_grad()
     def _fit(self) -> dict[int, SumFFN]:
-        if not self._drop.needs_data:
-            return {index: SumFFN(self._scene.shapes[index].d_model) for index in self._candidates}
+        ffns = [index for index in self._candidates if index < len(self._scene.shapes)]
+        if not self._drop.needs_data or not ffns:
+            return {index: SumFFN(self._scene.shapes[index].d_model) for index in ffns}
         fitted: dict[int, SumFFN] = {}
         for index, data in self._scene.layers(label="replacements"):
-            if index in self._candidates:
+            if index in ffns:
                 fitted[index] = get_method("drop").apply(data, self._drop).requires_grad_(False)
         return fitted
 

@@ -1,18 +1,17 @@
-"""How important each FFN of the dense model is, by what it does to the residual stream: one pass, nothing is trained.
+"""How important each sub-layer of the dense model is: what it does to the residual stream, in one pass.
 
 The residual stream ``r`` that an FFN's output is added to is measured as the output of its block with the FFN masked
 (its ``down`` gives zeros), and ``r + F`` as the output of the block as it is. In pre-norm models these are the papers'
 definitions, without knowing the family's code; where a norm follows the addition (BERT) both are seen behind the norm.
+For an attention the FFNs of its block are masked in both, so that nothing follows its own addition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -21,7 +20,9 @@ from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import ModelError
 from ffsplit.families import FFNSite
+from ffsplit.families.attention_site import SubLayer
 from ffsplit.families.blocks import Block
+from ffsplit.families.masking import masked
 from ffsplit.ops.importance import cosine_distance, relative_update
 
 UpdateMetric = Literal["cosine", "relative-l1", "relative-l2", "block-influence"]
@@ -35,34 +36,36 @@ PER_TOKEN: dict[str, PerToken] = {
 
 
 def update_importance(scene: Scene, metric: UpdateMetric, batches: int | None = None) -> list[float]:
-    """The mean over tokens of how much each FFN changes the residual stream.
+    """The mean over tokens of how much each FFN, and then each of the scene's attentions, changes the residual stream.
 
     Args:
         scene: the dense model.
         metric: ``cosine`` (LLM-Drop), ``relative-l1``, ``relative-l2``; or ``block-influence`` (ShortGPT), which
-            compares the block's input with its output and ranks the FFN by its whole block.
+            compares the block's input with its output and ranks a sub-layer by its whole block.
         batches: how many to look at; all for None.
 
     Raises:
         ModelError: ``block-influence`` and the model has no blocks, or blocks whose input cannot be told.
     """
-    scores = [0.0] * len(scene.shapes)
+    scores = [0.0] * len(scene.sub_layers)
     for block, replay in scene.walk(batches, "importance"):
-        given: list[Tensor] = []
-        if metric == "block-influence":
-            given, whole = _ends(replay, block)
-        else:
-            whole = [output for _, output in replay.outputs(block)]
-        for site in block.sites:
-            if metric != "block-influence":
-                with masked(replay.model, site):
-                    given = [output for _, output in replay.outputs(block)]
-            pairs = zip(given, whole, strict=True)
-            scores[scene.index_of(site)] = _mean(replay, site, pairs, PER_TOKEN[metric])
+        ends = _ends(replay, block) if metric == "block-influence" else None
+        for index, site in scene.inside(block):
+            given, whole = _with_and_without(replay, block, site) if ends is None else ends
+            scores[index] = _mean(replay, site, zip(given, whole, strict=True), PER_TOKEN[metric])
     return scores
 
 
-def _mean(replay: BlockReplay, site: FFNSite, pairs: Iterator[tuple[Tensor, Tensor]], measure: PerToken) -> float:
+def _with_and_without(replay: BlockReplay, block: Block, site: SubLayer) -> tuple[list[Tensor], list[Tensor]]:
+    """A block's outputs without and with a sub-layer, one tensor a batch."""
+    quiet = [] if isinstance(site, FFNSite) or block.whole_model else [ffn.down for ffn in block.sites]
+    with masked(replay.model, *quiet, site.down):
+        given = [output for _, output in replay.outputs(block)]
+    with masked(replay.model, *quiet):
+        return given, [output for _, output in replay.outputs(block)]
+
+
+def _mean(replay: BlockReplay, site: SubLayer, pairs: Iterator[tuple[Tensor, Tensor]], measure: PerToken) -> float:
     """The mean over the real tokens of all batches."""
     total, tokens = 0.0, 0
     for index, (without, with_it) in enumerate(pairs):
@@ -71,19 +74,8 @@ def _mean(replay: BlockReplay, site: FFNSite, pairs: Iterator[tuple[Tensor, Tens
             total += float(measure(before, after).sum())
             tokens += len(before)
     if not tokens:
-        raise ModelError(f"{site.name}: the calibration text never reached this FFN")
+        raise ModelError(f"{site.name}: the calibration text never reached it")
     return total / tokens
-
-
-@contextmanager
-def masked(model: nn.Module, site: FFNSite) -> Iterator[None]:
-    """Let an FFN give zeros."""
-    down = model.get_submodule(site.down)
-    handle = down.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _ends(replay: BlockReplay, block: Block) -> tuple[list[Tensor], list[Tensor]]:

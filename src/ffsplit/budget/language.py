@@ -44,9 +44,9 @@ def mean_loss(scene: Scene, batches: int) -> Score:
 
 
 def mask_gradients(scene: Scene, batches: int | None = None) -> list[float]:
-    """``E |dL / d mask|`` of every FFN: one backward pass a batch through the dense model.
+    """``E |dL / d mask|`` of every FFN, then of every attention: one backward pass a batch through the dense model.
 
-    The mask of an FFN multiplies its output and is 1; ``L`` is the mean next-token loss of a sequence, and the
+    The mask of one multiplies its output and is 1; ``L`` is the mean next-token loss of a sequence, and the
     expectation is over sequences.
 
     Raises:
@@ -54,7 +54,7 @@ def mask_gradients(scene: Scene, batches: int | None = None) -> list[float]:
 
     Reference: 2005.00561 (after Michel et al. 2019), for whole FFNs.
     """
-    totals, sequences = [0.0] * len(scene.shapes), 0
+    totals, sequences = [0.0] * len(scene.sub_layers), 0
     with closing(scene.walk(batches, "mask gradients", to_the_end=True)) as walk, parameters_at_rest(scene.model):
         _, replay = next(walk)
         if any(parameter.device.type != scene.device.type for parameter in scene.model.parameters()):
@@ -69,9 +69,9 @@ def mask_gradients(scene: Scene, batches: int | None = None) -> list[float]:
 
 @torch.enable_grad()
 def _batch_gradients(scene: Scene, replay: BlockReplay, index: int) -> list[list[Tensor]]:
-    """For each FFN and each sequence of a batch, the loss's gradient with respect to a mask at every real token."""
+    """For each sub-layer and sequence of a batch, the loss's gradient with respect to a mask at every real token."""
     batch = {name: tensor.to(scene.device) for name, tensor in scene.data.batches[index].items()}
-    masks: list[list[Tensor]] = [[] for _ in scene.shapes]
+    masks: list[list[Tensor]] = [[] for _ in scene.sub_layers]
 
     def masking(place: int, output: Tensor) -> Tensor:
         mask = torch.ones(*output.shape[:-1], 1, device=output.device, requires_grad=True)
@@ -79,7 +79,7 @@ def _batch_gradients(scene: Scene, replay: BlockReplay, index: int) -> list[list
         return (output * mask).to(output.dtype)
 
     with ExitStack() as stack:
-        for place, site in enumerate(scene.found.sites):
+        for place, site in enumerate(scene.sub_layers):
             down = scene.model.get_submodule(site.down)
             handle = down.register_forward_hook(lambda _module, _args, output, place=place: masking(place, output))
             stack.callback(handle.remove)
@@ -87,9 +87,9 @@ def _batch_gradients(scene: Scene, replay: BlockReplay, index: int) -> list[list
     loss = next_token_losses(logits, batch["input_ids"], _real(batch, batch["input_ids"])).sum()
     found = iter(torch.autograd.grad(loss, [mask for row in masks for mask in row]))
     gradients = []
-    for site, row in zip(scene.found.sites, masks, strict=True):
+    for site, row in zip(scene.sub_layers, masks, strict=True):
         if not row:
-            raise ModelError(f"{site.name}: the calibration text never reached this FFN")
+            raise ModelError(f"{site.name}: the calibration text never reached it")
         summed = torch.stack([next(found) for _ in row]).sum(0)  # a shared FFN runs more than once
         gradients.append(list(replay.rows(index, site, summed)))
     return gradients

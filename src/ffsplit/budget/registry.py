@@ -24,6 +24,11 @@ Decision = list[MethodConfig | None]
 class PlannerConfig(MethodConfig):
     """Base of every planner's configuration."""
 
+    @property
+    def looks_at_attention(self) -> bool:
+        """Whether attentions may be left out, besides what happens to FFNs."""
+        return False
+
 
 @dataclass(frozen=True)
 class Planner:

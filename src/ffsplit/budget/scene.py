@@ -18,7 +18,9 @@ from ffsplit.calibrate.devices import visiting, whole_model_at_work
 from ffsplit.calibrate.gradients import NeuronGradients
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
-from ffsplit.families import FFNs, FFNSite, read
+from ffsplit.families import AttentionSite, FFNs, FFNSite, read
+from ffsplit.families.attention import sites_in
+from ffsplit.families.attention_site import SubLayer
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.registry import MethodConfig
@@ -44,6 +46,8 @@ class Scene:
             then, and puts the dense FFNs back; None where decisions cannot be tried.
         notes: what the report shall say about the decision, as plain values; filled by the planner.
         gradients: of the dense model's loss, by the FFN's name; empty unless the planner's configuration needs them.
+        attention: the model's attentions that can be left out; empty unless the configuration looks at them.
+        left_out: those that shall be, by their place in `attention`; filled by the planner.
     """
 
     model: PreTrainedModel
@@ -57,6 +61,8 @@ class Scene:
     trial: Trial | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     gradients: Mapping[str, NeuronGradients] = field(default_factory=dict)
+    attention: tuple[AttentionSite, ...] = ()
+    left_out: list[int] = field(default_factory=list)
 
     def batches(self, count: int | None = None) -> list[dict[str, torch.Tensor]]:
         """The first ``count`` batches, all for None."""
@@ -65,6 +71,20 @@ class Scene:
     def index_of(self, site: FFNSite) -> int:
         """The place of a site among all FFNs."""
         return [found.name for found in self.found.sites].index(site.name)
+
+    @property
+    def sub_layers(self) -> tuple[SubLayer, ...]:
+        """The FFNs, and after them the attentions that can be left out. A place in here tells both."""
+        return (*self.found.sites, *self.attention)
+
+    def inside(self, block: Block) -> list[tuple[int, SubLayer]]:
+        """The FFNs and then the attentions of a block, each with its place among all."""
+        count = len(self.found.sites)
+        inside = sites_in(block.path, self.attention)
+        return [
+            *((self.index_of(site), site) for site in block.sites),
+            *((count + self.attention.index(site), site) for site in inside),
+        ]
 
     def act(self, index: int) -> nn.Module:
         """The activation of one FFN."""

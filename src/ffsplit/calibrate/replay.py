@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from ffsplit.calibrate.cache import Activations, TensorCache
+from ffsplit.families.attention_site import SubLayer
 from ffsplit.families.blocks import Block
 from ffsplit.families.site import FFNSite
 
@@ -155,14 +156,14 @@ class BlockReplay:
             if self.progress is not None:
                 self.progress(label, index + 1, len(self.batches))
 
-    def mask(self, index: int, site: FFNSite) -> Tensor | None:
+    def mask(self, index: int, site: SubLayer) -> Tensor | None:
         """Which positions of a batch are real for a site, or None when all are."""
         batch = self.batches[index]
-        inside_decoder = self.model.config.is_encoder_decoder and ".decoder." in f".{site.up}"
+        inside_decoder = self.model.config.is_encoder_decoder and ".decoder." in f".{site.down}"
         mask = batch.get("decoder_attention_mask" if inside_decoder else "attention_mask")
         return None if mask is None else mask.bool().to(self.device)
 
-    def rows(self, index: int, site: FFNSite, x: Tensor) -> Iterator[Tensor]:
+    def rows(self, index: int, site: SubLayer, x: Tensor) -> Iterator[Tensor]:
         """The real rows of what a batch gave at a site, one chunk a sequence."""
         batch = self.batches[index]
         sequences = next(iter(batch.values())).shape[0]
@@ -200,7 +201,8 @@ class BlockReplay:
     @contextmanager
     def _at_work(self, block: Block) -> Iterator[None]:
         module = self.model.get_submodule(block.path)
-        home = next(module.parameters()).device
+        # A block whose attention and FFN are both gone may have no parameter left.
+        home = next((parameter.device for parameter in module.parameters()), self.device)
         module.to(self.device)
         try:
             yield

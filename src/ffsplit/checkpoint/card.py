@@ -81,8 +81,15 @@ def _budget_table(report: Mapping[str, Any], plan: Plan) -> str:
         ("Stored bits per FFN weight (scales and zeros counted, floats as 16 bits)",
          f"{budget.get('bits_ffn', plan.bits):.2f}"),
         ("FFNs that were worked on", f"{_changed(plan)} of {len(plan.ffns)}"),
+        ("Attentions that were left out", _left_out(report.get("attention"))),
     ]  # fmt: skip
     return "\n".join(["| | |", "|---|---:|", *(f"| {label} | {value} |" for label, value in rows if value)])
+
+
+def _left_out(gone: Mapping[str, Any] | None) -> str:
+    if not gone:
+        return ""
+    return f"{len(gone['left_out'])} of {gone['of']} ({_percent(gone['share_of_model'])} of all the model's parameters)"
 
 
 def _structure(plan: Plan) -> list[str]:

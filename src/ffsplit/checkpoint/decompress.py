@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ffsplit.checkpoint.quantizer import FFSplitStorageConfig, localize
 from ffsplit.checkpoint.stock import empty_model, filled
 from ffsplit.errors import ModelError
-from ffsplit.families import FFNSite
+from ffsplit.families import AttentionSite, FFNSite
 from ffsplit.families.surgery import activation
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
@@ -21,8 +22,8 @@ from ffsplit.ffn.weights import FFNWeights
 def decompress(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model of the original shape with the compressed model's weights decoded.
 
-    Low-bit codes become floats, low-rank factors their product, dropped neurons zeros; the result loads everywhere and
-    gives the same outputs up to rounding, but is as large as the original.
+    Low-bit codes become floats, low-rank factors their product, dropped neurons and attentions zeros; the result loads
+    everywhere and gives the same outputs up to rounding, but is as large as the original.
 
     Args:
         model: loaded from an ffsplit checkpoint, or saved as one. It is left as it is; what is not an FFN shares its
@@ -30,9 +31,11 @@ def decompress(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ModelError: the model is not compressed by ffsplit, or holds something that no dense FFN of its family
-            expresses: a linear map beside the neurons, or an output bias where the family has none.
+            expresses: a linear map beside the neurons, an output bias where the family has none, or an attention that
+            is gone and had buffers.
     """
-    sites = compressed_sites(model)
+    stored = _stored(model)
+    sites = [localize(model, site) for site, _ in stored.entries()]
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -40,23 +43,20 @@ def decompress(model: PreTrainedModel) -> PreTrainedModel:
     if skeleton is None:
         raise ModelError(f"{type(model).__name__} cannot be built from its own configuration")
     weights = {site.name: _full_width(model, skeleton, site) for site in sites}
-    dense = filled(model, skeleton, sites, weights)
+    gone = [localize(model, site) for site in stored.left_out()]
+    _refuse_buffers(skeleton, gone)
+    dense = filled(model, skeleton, sites, weights, gone)
     if dense is None:
         raise ModelError("the compressed FFNs have an output bias that this family has no place for")
     return dense
 
 
-def compressed_sites(model: PreTrainedModel) -> list[FFNSite]:
-    """Where the sums of branches of a compressed model are.
-
-    Raises:
-        ModelError: there are none.
-    """
+def _stored(model: PreTrainedModel) -> FFSplitStorageConfig:
     stored = getattr(model.config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "ffsplit":
         stored = FFSplitStorageConfig.from_dict(stored)
     if isinstance(stored, FFSplitStorageConfig):
-        return [localize(model, site) for site, _ in stored.entries()]
+        return stored
     raise ModelError(f"{type(model).__name__} was not compressed by ffsplit")
 
 
@@ -98,3 +98,10 @@ def _no_neurons(
         gate=up if site.gated else None,
         down_bias=module.bias,
     )
+
+
+def _refuse_buffers(skeleton: PreTrainedModel, gone: Sequence[AttentionSite]) -> None:
+    """An attention whose weights are zeros does nothing, but what its buffers held (a mask) is not known any more."""
+    for site in gone:
+        for name, _ in skeleton.get_submodule(site.name).named_buffers():
+            raise ModelError(f"{site.name} is gone, and its buffer {name} with it")

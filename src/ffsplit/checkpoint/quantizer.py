@@ -8,7 +8,7 @@ load fail instead of giving a wrong model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.checkpoint.stored import refuse_other_tensors, stored_shapes
 from ffsplit.errors import CheckpointError, FFSplitError, ModelError
+from ffsplit.families.attention_site import AttentionSite
+from ffsplit.families.dropped_attention import drop_attention
 from ffsplit.families.site import FFNSite
 from ffsplit.families.spelling import has_module, renamings
 from ffsplit.families.surgery import activation, replace
@@ -27,6 +29,7 @@ from ffsplit.ffn.sum import SumFFN
 
 FORMAT_VERSION = 1
 METHOD = "ffsplit"
+Site = TypeVar("Site", FFNSite, AttentionSite)
 
 
 @register_quantization_config(METHOD)
@@ -35,12 +38,14 @@ class FFSplitStorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         ffns: list of ``{"site": FFNSite, "spec": SumSpec}`` as plain values.
+        attention: list of every `AttentionSite` that was left out, as plain values.
         version: of this format.
     """
 
     def __init__(
         self,
         ffns: list[dict[str, Any]] | None = None,
+        attention: list[dict[str, Any]] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -48,6 +53,7 @@ class FFSplitStorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = quant_method
         self.version = version
         self.ffns = ffns or []
+        self.attention = attention or []
         if type(version) is not int or version < 1:
             raise CheckpointError(f"config.json: quantization_config.version is {version!r}, not a format version")
         if version > FORMAT_VERSION:
@@ -64,6 +70,18 @@ class FFSplitStorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         except (KeyError, TypeError, AttributeError, ValidationError, FFSplitError) as error:
             raise CheckpointError(f"config.json: quantization_config.ffns is damaged: {error}") from error
 
+    def left_out(self) -> list[AttentionSite]:
+        """Attentions that are gone. Raises CheckpointError when ``config.json`` was tampered with or is damaged."""
+        try:
+            return [AttentionSite.model_validate(site) for site in self.attention]
+        except (TypeError, ValidationError) as error:
+            raise CheckpointError(f"config.json: quantization_config.attention is damaged: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; nothing about attention where none is gone."""
+        values: dict[str, Any] = super().to_dict()
+        return values if self.attention else {name: value for name, value in values.items() if name != "attention"}
+
 
 @register_quantizer(METHOD)
 class FFSplitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -75,16 +93,19 @@ class FFSplitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.get_default_dtype()
-        entries = self.quantization_config.entries()
-        if not entries:
+        entries, gone = self.quantization_config.entries(), self.quantization_config.left_out()
+        if not entries and not gone:
             raise CheckpointError("config.json: quantization_config.ffns is empty")
         sites = [localize(model, site) for site, _ in entries]
         for here, (_, spec) in zip(sites, entries, strict=True):
             _put_empty(model, here, spec, dtype)
         _link(model)
+        without = [localize(model, site) for site in gone]
+        for attention in without:
+            _leave_out(model, attention)
         files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         if files:
-            refuse_other_tensors(model, sites, stored_shapes(files))
+            refuse_other_tensors(model, [*sites, *without], stored_shapes(files))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -106,6 +127,13 @@ def _put_empty(model: PreTrainedModel, site: FFNSite, spec: SumSpec, dtype: torc
         raise CheckpointError(f"config.json: quantization_config does not fit the model: {error}") from error
 
 
+def _leave_out(model: PreTrainedModel, site: AttentionSite) -> None:
+    try:
+        drop_attention(model, site)
+    except ModelError as error:
+        raise CheckpointError(f"config.json: quantization_config does not fit the model: {error}") from error
+
+
 def _link(model: PreTrainedModel) -> None:
     try:
         link_ties(model)
@@ -113,7 +141,7 @@ def _link(model: PreTrainedModel) -> None:
         raise CheckpointError(f"config.json: quantization_config does not fit the model: {error}") from error
 
 
-def localize(model: PreTrainedModel, site: FFNSite) -> FFNSite:
+def localize(model: PreTrainedModel, site: Site) -> Site:
     """A site's paths in a model with or without the head that it was stored with.
 
     Raises:

@@ -92,7 +92,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def _to_write(result: CompressionResult) -> tuple[PreTrainedModel, Kind]:
-    stock = stock_model(result.model, result.sites)
+    stock = None if result.plan.attention else stock_model(result.model, result.sites)
     if stock is not None:
         return stock, "stock"
     mark_compressed(result)
@@ -107,7 +107,8 @@ def mark_compressed(result: CompressionResult) -> None:
         for site in result.sites
         if hasattr(model.get_submodule(site.name), "spec")
     ]
-    config = FFSplitStorageConfig(ffns=entries)
+    gone = [planned.site.model_dump(mode="json") for planned in result.plan.attention]
+    config = FFSplitStorageConfig(ffns=entries, attention=gone)
     model.config.quantization_config = config
     model.hf_quantizer = FFSplitQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffsplit.errors import ModelError
-from ffsplit.families import FFNSite, write
+from ffsplit.families import AttentionSite, FFNSite, write
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
 
@@ -117,9 +117,16 @@ def _shapes(site: FFNSite, ffn: FFNWeights) -> dict[str, tuple[int, int]]:
 
 
 def filled(
-    model: PreTrainedModel, skeleton: PreTrainedModel, sites: list[FFNSite], weights: Mapping[str, FFNWeights]
+    model: PreTrainedModel,
+    skeleton: PreTrainedModel,
+    sites: list[FFNSite],
+    weights: Mapping[str, FFNWeights],
+    gone: Sequence[AttentionSite] = (),
 ) -> PreTrainedModel | None:
-    """The empty model with the tensors of the compressed one and dense FFN weights; None if other shapes differ."""
+    """The empty model with the tensors of the compressed one and dense FFN weights; None if other shapes differ.
+
+    Attentions that are gone get zeros, with which they do nothing.
+    """
     for site in sites:
         # Not the whole skeleton: rotary frequencies stay in float32 whatever the weights are in.
         for path in site.projections:
@@ -129,7 +136,15 @@ def filled(
         except ModelError:
             return None
     inside = tuple(f"{path}." for site in sites for path in (site.name, *site.projections))
-    have: dict[str, Any] = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    attention = tuple(f"{path}." for site in gone for path in (site.name, site.out))
+    have: dict[str, Any] = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith((*inside, *attention))
+    }
+    have |= {
+        name: torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
+        for name, tensor in skeleton.state_dict().items()
+        if name.startswith(attention)
+    }
     wanted = {name: tensor for name, tensor in skeleton.state_dict().items() if not name.startswith(inside)}
     if {n: t.shape for n, t in wanted.items()} != {n: have[n].shape for n in wanted if n in have}:
         return None

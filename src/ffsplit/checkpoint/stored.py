@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ffsplit.errors import CheckpointError
-from ffsplit.families.site import FFNSite
+from ffsplit.families.attention_site import SubLayer
 from ffsplit.families.spelling import spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,11 +35,11 @@ def stored_shapes(files: Iterable[str]) -> Shapes:
     return shapes
 
 
-def refuse_other_tensors(model: PreTrainedModel, sites: Sequence[FFNSite], stored: Shapes) -> None:
-    """Compare the tensors of every compressed FFN with those in the files.
+def refuse_other_tensors(model: PreTrainedModel, sites: Sequence[SubLayer], stored: Shapes) -> None:
+    """Compare the tensors of every compressed FFN, and of what stands for an attention, with those in the files.
 
     Args:
-        model: with its FFNs replaced by empty sums.
+        model: with its FFNs replaced by empty sums and its attentions left out.
         sites: where they are.
         stored: the tensors in the files, which were perhaps stored from a model with or without this one's head.
 
@@ -62,7 +62,7 @@ def refuse_other_tensors(model: PreTrainedModel, sites: Sequence[FFNSite], store
         raise CheckpointError(f"{others[0]} belongs to a compressed FFN that config.json does not list")
 
 
-def _inside(model: PreTrainedModel, site: FFNSite, stored: Shapes) -> Shapes:
+def _inside(model: PreTrainedModel, site: SubLayer, stored: Shapes) -> Shapes:
     for path in spellings(model, site.name):
         if inside := {n.removeprefix(f"{path}."): shape for n, shape in stored.items() if n.startswith(f"{path}.")}:
             return inside

@@ -32,9 +32,12 @@ def show_compression(result: CompressionResult, saved: SavedCheckpoint) -> None:
     report = result.report
     show_facts("Coverage", _coverage(report["coverage"]))
     show_facts("Budget", _budget(report["budget"]))
+    if gone := report.get("attention"):
+        show_facts("Attention, which budgets do not count", _attention(gone))
     if allocation := report.get("decision", {}).get("allocation"):
         show_allocation(allocation)
-    show_layers(report["layers"])
+    if report["layers"]:
+        show_layers(report["layers"])
     show_facts("Checkpoint", _checkpoint(result, saved))
     for text in loading_lines(result, saved):
         line(f"  {text}")
@@ -80,6 +83,11 @@ def _budget(budget: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "of linear layers", percent(budget["keep_linear"])
     yield "of the model", percent(budget["keep_model"])
     yield "bits per FFN weight", f"{budget['bits_ffn']:.3f} (scales and zeros counted, floats as 16)"
+
+
+def _attention(gone: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "left out", f"{len(gone['left_out'])} of {gone['of']}: {', '.join(gone['left_out'])}"
+    yield "of the model's parameters", percent(gone["share_of_model"])
 
 
 def _checkpoint(result: CompressionResult, saved: SavedCheckpoint) -> Iterator[tuple[str, str]]:

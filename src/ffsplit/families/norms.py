@@ -13,12 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ffsplit.errors import ModelError
@@ -26,8 +23,8 @@ from ffsplit.families.affine import Affine, RefusedError, affine_of, scale_and_s
 from ffsplit.families.find import find_ffns
 from ffsplit.families.forward import Inputs, drive
 from ffsplit.families.norm_flow import NormTracer
+from ffsplit.families.outputs import Outputs, allowed_change, outputs_of, worst_change
 from ffsplit.families.projection import get_weight, is_projection
-from ffsplit.families.verify import HALF_TOLERANCE, TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def fold_norms(model: PreTrainedModel, inputs: Inputs | None = None) -> tuple[No
     """
     sites = find_ffns(model, inputs).sites
     tracers = list(drive(model, lambda kwargs: NormTracer(model, kwargs), inputs).values())
-    before = _outputs(model, inputs)
+    before = outputs_of(model, _watched, inputs)
     folds: list[NormFold] = []
     with _undone_on_error() as changed:
         for norm, (tracer, ffns) in _producers(tracers, [(site.name, site.up) for site in sites]).items():
@@ -75,7 +72,7 @@ def fold_norms(model: PreTrainedModel, inputs: Inputs | None = None) -> tuple[No
         if all(fold.refused for fold in folds):
             reasons = "".join(f"\n  {fold.norm or fold.ffns[0]}: {fold.refused}" for fold in folds)
             raise ModelError(f"no norm of {type(model).__name__} can be folded into the projections it feeds:{reasons}")
-        _compare(model, before, _outputs(model, inputs))
+        _compare(model, before, outputs_of(model, _watched, inputs))
     return tuple(folds)
 
 
@@ -166,42 +163,14 @@ def _undone_on_error() -> Iterator[dict[Tensor, Tensor]]:
         raise
 
 
-class _OutputRecorder:
-    """What the models and the projections returned last: their floating-point tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._handles: list[RemovableHandle] = []
-        self.outputs: dict[str, list[Tensor]] = {}
-
-    def __enter__(self) -> Self:
-        for path, module in self._model.named_modules():
-            if isinstance(module, PreTrainedModel) or is_projection(module):
-
-                def keep(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
-                    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-                    self.outputs[path] = [leaf.float().clone() for leaf in leaves if leaf.is_floating_point()]
-
-                self._handles.append(module.register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+def _compare(model: PreTrainedModel, before: Outputs, after: Outputs) -> None:
+    path, error = worst_change(before, after)
+    if not error <= allowed_change(model):  # NaN must not pass
+        raise ModelError(
+            f"{path or type(model).__name__}: folding its norms changes what it returns by {error:.3g} "
+            f"(relative, allowed {allowed_change(model):.3g}), so they were left as they were"
+        )
 
 
-def _outputs(model: PreTrainedModel, inputs: Inputs | None) -> dict[str, list[Tensor]]:
-    recorders = drive(model, lambda _kwargs: _OutputRecorder(model), inputs).values()
-    return {path: tensors for recorder in recorders for path, tensors in recorder.outputs.items()}
-
-
-def _compare(model: PreTrainedModel, before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> None:
-    allowed = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
-    for path, tensors in before.items():
-        for old, new in zip(tensors, after[path], strict=True):
-            error = float((new - old).norm() / old.norm().clamp_min(torch.finfo(torch.float32).tiny))
-            if not error <= allowed:  # NaN must not pass
-                raise ModelError(
-                    f"{path or type(model).__name__}: folding its norms changes what it returns by {error:.3g} "
-                    f"(relative, allowed {allowed:.3g}), so they were left as they were"
-                )
+def _watched(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) or is_projection(module)

@@ -22,15 +22,15 @@ def read(model: nn.Module, site: FFNSite) -> FFNWeights:
     Raises:
         ModelError: the model does not have what the site says.
     """
-    up, up_bias = get_weight(_projection(model, site.up))
-    down, down_bias = get_weight(_projection(model, site.down))
+    up, up_bias = get_weight(projection_at(model, site.up))
+    down, down_bias = get_weight(projection_at(model, site.down))
     gate: Tensor | None = None
     gate_bias: Tensor | None = None
     if site.fused is not None:
         up, gate = _halves(up, site.fused)
         up_bias, gate_bias = (None, None) if up_bias is None else _halves(up_bias, site.fused)
     elif site.gate is not None:
-        gate, gate_bias = get_weight(_projection(model, site.gate))
+        gate, gate_bias = get_weight(projection_at(model, site.gate))
     act = activation(model, site)
     return FFNWeights(up, down, act, gate, up_bias, gate_bias, down_bias)
 
@@ -47,7 +47,7 @@ def activation(model: nn.Module, site: FFNSite) -> nn.Module:
             raise ModelError(f"{site.name}: transformers has no activation {site.act_name!r}")
         act: nn.Module = ACT2FN[site.act_name]
     else:
-        act = deepcopy(_module(model, site.act))
+        act = deepcopy(module_at(model, site.act))
     for name, tensor in (*act.named_parameters(), *act.named_buffers()):
         if tensor.numel() > 1:
             raise ModelError(
@@ -67,15 +67,15 @@ def replace(model: nn.Module, site: FFNSite, module: nn.Module) -> dict[str, nn.
     Raises:
         ModelError: the site is not there, or ``module`` already has something where the tripwire belongs.
     """
-    down = next(_tensors(_module(model, site.down)))
+    down = next(_tensors(module_at(model, site.down)))
     tripwire = Tripwire(site.d_model, down.dtype, down.device)
     taken = originals(model, site)
     if site.kind == "module":
-        _plant(module, site.down.removeprefix(f"{site.name}."), tripwire)
-        _set_everywhere(model, site.name, module)
+        plant(module, site.down.removeprefix(f"{site.name}."), tripwire)
+        set_everywhere(model, site.name, module)
         return taken
-    _set_everywhere(model, site.name, module)
-    _set_everywhere(model, site.down, tripwire)
+    set_everywhere(model, site.name, module)
+    set_everywhere(model, site.down, tripwire)
     if _act_remains(site):
         assert site.act is not None
         model.set_submodule(site.act, nn.Identity())
@@ -91,13 +91,13 @@ def originals(model: nn.Module, site: FFNSite) -> dict[str, nn.Module]:
     paths = [site.name]
     if site.kind == "inline":
         paths += [site.down, *([site.act] if _act_remains(site) and site.act is not None else [])]
-    return {path: _module(model, path) for path in paths}
+    return {path: module_at(model, path) for path in paths}
 
 
 def restore(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
     """Put modules from `replace` or `originals` back into their places."""
     for path, module in taken.items():
-        _set_everywhere(model, path, module)
+        set_everywhere(model, path, module)
 
 
 def write(model: nn.Module, site: FFNSite, weights: FFNWeights) -> None:
@@ -114,7 +114,7 @@ def write(model: nn.Module, site: FFNSite, weights: FFNWeights) -> None:
             f"{site.name}: weights with d_model={weights.d_model}, gated={weights.gated} do not fit the model's "
             f"d_model={site.d_model}, gated={site.gated}"
         )
-    up, gate, down = (_projection(model, path) for path in (site.up, site.gate or site.up, site.down))
+    up, gate, down = (projection_at(model, path) for path in (site.up, site.gate or site.up, site.down))
     for module, bias, path in (
         (up, weights.up_bias, site.up),
         (gate, weights.gate_bias, site.gate),
@@ -157,7 +157,12 @@ def _act_remains(site: FFNSite) -> bool:
     return site.kind == "inline" and site.name == site.up
 
 
-def _plant(module: nn.Module, path: str, tripwire: Tripwire) -> None:
+def plant(module: nn.Module, path: str, tripwire: Tripwire) -> None:
+    """Put a tripwire inside a replacement, at the path that the tensor which it stands for had.
+
+    Raises:
+        ModelError: the replacement has something of its own there.
+    """
     *parents, last = path.split(".")
     for name in parents:
         if not hasattr(module, name):
@@ -168,7 +173,7 @@ def _plant(module: nn.Module, path: str, tripwire: Tripwire) -> None:
     module.add_module(last, tripwire)
 
 
-def _set_everywhere(model: nn.Module, path: str, new: nn.Module) -> None:
+def set_everywhere(model: nn.Module, path: str, new: nn.Module) -> None:
     """Replace a module under each of the names that it is registered by (layers may share one)."""
     old = model.get_submodule(path)
     for parent in list(model.modules()):
@@ -182,15 +187,17 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path. Raises ModelError when there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
         raise ModelError(f"{type(model).__name__} has no module {path!r}") from error
 
 
-def _projection(model: nn.Module, path: str) -> nn.Module:
-    module = _module(model, path)
+def projection_at(model: nn.Module, path: str) -> nn.Module:
+    """The dense projection at a path. Raises ModelError when there is none."""
+    module = module_at(model, path)
     if not is_projection(module):
         raise ModelError(
             f"{path} is a {type(module).__name__}, not a dense projection (replaced or quantised already?)"

@@ -17,7 +17,18 @@ from ffsplit.budget.registry import planners
 from ffsplit.calibrate.batches import Batches, CalibrationInput, is_causal, make_batches
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.errors import CannotRunError, ModelError
-from ffsplit.families import FFNs, check_dtypes, check_finite, find_ffns, read, verify
+from ffsplit.families import (
+    AttentionSite,
+    FFNs,
+    check_dtypes,
+    check_finite,
+    find_attention,
+    find_ffns,
+    read,
+    verify,
+    verify_attention,
+)
+from ffsplit.families.attention import sites_in
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.families.norms import fold_norms as fold
 from ffsplit.ffn.shape import FFNShape
@@ -214,6 +225,7 @@ def prepare(
     check_dtypes(model, found.sites)
     check_finite(model, found.sites)
     verify(model, found.sites)
+    attention = _attention(model, found, recipe)
     wanted = recipe.calibration
     data = make_batches(
         model,
@@ -226,12 +238,23 @@ def prepare(
     )
     _warn_of_little_text(data, recipe, max(site.d_ff for site in found.sites))
     job = Job(model, found, shapes, recipe, data, device, progress, hash_model(model), linear_parameters(model))
+    job.attention = attention
     if recipe.planner is None:
         job.settle(recipe.methods_for(len(shapes)))
     if recipe.fold_norms:
         # After the hash, which is that of the model as it came.
         job.folds = fold(model)
     return job
+
+
+def _attention(model: PreTrainedModel, found: FFNs, recipe: Recipe) -> tuple[AttentionSite, ...]:
+    """The attentions that may be left out, if the recipe's planner looks at them."""
+    if recipe.planner is None or not recipe.planner.looks_at_attention:
+        return ()
+    attentions = find_attention(model, found).sites
+    sites = tuple(site for site in attentions if any(sites_in(block.path, [site]) for block in found.blocks))
+    verify_attention(model, sites)
+    return sites
 
 
 def _warn_of_little_text(data: Batches, recipe: Recipe, d_ff: int) -> None:

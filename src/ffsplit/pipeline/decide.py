@@ -38,11 +38,11 @@ def settle_by_planner(
     if kept is None:
         scene = job.scene(_store(job, log, measured), _trial(job, log, cache_dir))
         decided = planners()[config.method].decide(scene, config)
-        kept = {"methods": _plain(decided), "notes": scene.notes}
+        kept = {"methods": _plain(decided), "notes": scene.notes, "left_out": scene.left_out}
         log.keep("decision", kept)
     decided = [None if values is None else method_config(values) for values in kept["methods"]]
     job.decision = kept["notes"]
-    job.settle(job.recipe.methods_for(len(job.shapes), decided))
+    job.settle(job.recipe.methods_for(len(job.shapes), decided), kept["left_out"])
     fits = _fits(job, log)
     for other in log.directory.glob("fits-*"):
         if other != fits.directory:
@@ -91,8 +91,10 @@ def _trial(job: Job, log: Journal, cache_dir: str | Path | None) -> Trial:
 
 def _fits(job: Job, log: Journal) -> Journal:
     """The journal of the fits of a settled job, inside that of its decision."""
-    methods = _plain(job.configs)
-    return Journal(log.folder(f"fits-{fingerprint({'methods': methods})[:16]}"), {"methods": methods})
+    parts: dict[str, object] = {"methods": _plain(job.configs)}
+    if job.plan.attention:
+        parts["attention"] = [gone.site.name for gone in job.plan.attention]
+    return Journal(log.folder(f"fits-{fingerprint(parts)[:16]}"), parts)
 
 
 def _plain(decision: Decision) -> list[dict[str, object] | None]:

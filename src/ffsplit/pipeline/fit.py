@@ -15,7 +15,7 @@ from ffsplit.calibrate.drift import DriftMeter
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import ModelError
-from ffsplit.families import FFNSite, link_ties, read, replace
+from ffsplit.families import FFNSite, drop_attention, link_ties, read, replace
 from ffsplit.families.blocks import Block
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
@@ -25,7 +25,12 @@ from ffsplit.pipeline.journal import Journal
 
 
 def fit_all(job: Job, log: Journal | None, cache_dir: str | Path | None) -> None:
-    """Compress every FFN of a settled job in place; those that the journal holds are taken from there."""
+    """Compress every FFN of a settled job in place; those that the journal holds are taken from there.
+
+    Attentions that are left out go first: FFNs are fitted to what the model without them gives.
+    """
+    for gone in job.plan.attention:
+        drop_attention(job.model, gone.site)
     job.take_gradients(config for index, config in enumerate(job.configs) if log is None or not log.has(index))
     home = cache_home(job.device, job.data.tokens, job.found.sites[0].d_model)
     with TensorCache(cache_dir, home) as cache, TensorCache(cache_dir, home) as drift_cache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from ffsplit.budget.registry import Decision
 from ffsplit.budget.scene import Scene, Trial
 from ffsplit.calibrate.batches import Batches
 from ffsplit.calibrate.gradients import NeuronGradients, collect_gradients
-from ffsplit.families import FFNs
+from ffsplit.families import AttentionSite, FFNs
+from ffsplit.families.attention import attention_parameters
 from ffsplit.families.norms import NormFold
 from ffsplit.families.projection import is_projection
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.registry import MethodConfig
-from ffsplit.pipeline.plan import Plan, make_plan
+from ffsplit.pipeline.plan import Plan, PlannedAttention, make_plan
 from ffsplit.pipeline.recipe import Recipe
 from ffsplit.provenance import provenance
 
@@ -39,6 +40,7 @@ class Job:
         notes: one entry per finished FFN, in the order of execution.
         gradients: of the dense model's loss, by the FFN's name; empty until :meth:`take_gradients` was needed.
         folds: what became of the norms in front of the FFNs, when the recipe folds them.
+        attention: the attentions that the planner may leave out.
     """
 
     model: PreTrainedModel
@@ -55,17 +57,22 @@ class Job:
     decision: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
     folds: tuple[NormFold, ...] = ()
+    attention: tuple[AttentionSite, ...] = ()
     gradients: dict[str, NeuronGradients] = field(default_factory=dict)
 
-    def settle(self, configs: Decision) -> None:
-        """Fix what happens to every FFN.
+    def settle(self, configs: Decision, left_out: Sequence[int] = ()) -> None:
+        """Fix what happens to every FFN, and which attentions go. These must still be in their places.
 
         Raises:
-            RecipeError: no FFN would change.
+            RecipeError: nothing would change.
             BudgetError: a budget is out of reach.
         """
-        self.plan = make_plan(self.found.sites, self.shapes, configs)
+        self.plan = make_plan(self.found.sites, self.shapes, configs, [self._planned(place) for place in left_out])
         self.configs = configs
+
+    def _planned(self, place: int) -> PlannedAttention:
+        parameters, linear = attention_parameters(self.model, self.attention[place])
+        return PlannedAttention(site=self.attention[place], parameters=parameters, linear_parameters=linear)
 
     def take_gradients(self, configs: Iterable[MethodConfig | None]) -> None:
         """Run the dense model back, once, if any of the methods looks at gradients. No FFN may be replaced yet.
@@ -92,6 +99,7 @@ class Job:
             self.progress,
             trial,
             gradients=self.gradients,
+            attention=self.attention,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
     linear = job.linear_parameters
     dense = sum(ffn.dense_shape.parameters for ffn in job.plan.ffns)
     kept = sum(ffn.spec.parameters for ffn in job.plan.ffns)
+    model, gone = coverage.model_parameters, job.plan.attention
     return {
         "coverage": {
             "ffns": len(job.found.sites),
@@ -120,10 +129,11 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
         },
         "budget": {
             "keep_ffn": kept / dense,
-            "keep_linear": (linear - dense + kept) / linear,
-            "keep_model": (coverage.model_parameters - dense + kept) / coverage.model_parameters,
+            "keep_linear": (linear - dense + kept - sum(one.linear_parameters for one in gone)) / linear,
+            "keep_model": (model - dense + kept - sum(one.parameters for one in gone)) / model,
             "bits_ffn": job.plan.bits,
         },
+        **({"attention": _attention(job)} if gone else {}),
         "calibration": job.data.describe(),
         **({"decision": job.decision} if job.decision else {}),
         "layers": job.notes,
@@ -131,6 +141,18 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "provenance": provenance(seed=job.recipe.seed, data={"calibration": job.data.sha256})
         | {"model_sha256": job.model_sha256},
+    }
+
+
+def _attention(job: Job) -> dict[str, Any]:
+    """Which attentions were left out, and how much of the model they were: no budget counts them."""
+    gone = job.plan.attention
+    parameters = sum(one.parameters for one in gone)
+    return {
+        "left_out": [one.site.name for one in gone],
+        "of": len(job.attention),
+        "parameters": parameters,
+        "share_of_model": parameters / job.found.coverage.model_parameters,
     }
 
 

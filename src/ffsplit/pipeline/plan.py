@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ffsplit.errors import BudgetError, RecipeError
+from ffsplit.families.attention_site import AttentionSite
 from ffsplit.families.site import FFNSite
 from ffsplit.ffn.projections import TiedSpec
 from ffsplit.ffn.shape import FFNShape
@@ -36,11 +37,33 @@ class PlannedFFN(BaseModel):
         return FFNShape(**self.shape)
 
 
+class PlannedAttention(BaseModel):
+    """An attention that is left out.
+
+    Attributes:
+        site: where it is.
+        parameters: that go with it.
+        linear_parameters: those of them in linear layers.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    site: AttentionSite
+    parameters: int
+    linear_parameters: int
+
+
 class Plan(BaseModel):
-    """Every FFN of the model, in execution order."""
+    """Every FFN of the model, in execution order, and the attentions that are left out.
+
+    Attributes:
+        ffns: what becomes of each FFN.
+        attention: what goes besides; budgets do not count it.
+    """
 
     version: int = 1
     ffns: tuple[PlannedFFN, ...]
+    attention: tuple[PlannedAttention, ...] = ()
 
     @property
     def keep(self) -> float:
@@ -53,14 +76,25 @@ class Plan(BaseModel):
         return sum(ffn.spec.stored_bits() for ffn in self.ffns) / sum(ffn.dense_shape.weights for ffn in self.ffns)
 
 
-def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Sequence[MethodConfig | None]) -> Plan:
+def make_plan(
+    sites: Sequence[FFNSite],
+    shapes: Sequence[FFNShape],
+    configs: Sequence[MethodConfig | None],
+    attention: Sequence[PlannedAttention] = (),
+) -> Plan:
     """Decide the structure of every FFN.
 
+    Args:
+        sites: of the FFNs.
+        shapes: of the FFNs.
+        configs: the method of each, None for one that stays as it is.
+        attention: what is left out besides.
+
     Raises:
-        RecipeError: no FFN would change, or one is tied to another that does not store such weights.
+        RecipeError: nothing would change, or an FFN is tied to another that does not store such weights.
         BudgetError: a budget is out of reach for some layer; the message names it and the smallest reachable.
     """
-    if not any(configs):
+    if not any(configs) and not attention:
         raise RecipeError(f"all {len(configs)} FFNs would stay as they are, so there is nothing to do")
     planned = []
     for site, shape, config in zip(sites, shapes, configs, strict=True):
@@ -73,7 +107,7 @@ def make_plan(sites: Sequence[FFNSite], shapes: Sequence[FFNShape], configs: Seq
                 raise BudgetError(f"{site.name}: {error}") from error
         planned.append(PlannedFFN(site=site.to_dict(), shape=vars(shape), method=config, spec=spec))
     _check_ties(planned)
-    return Plan(ffns=tuple(planned))
+    return Plan(ffns=tuple(planned), attention=tuple(attention))
 
 
 def _check_ties(planned: Sequence[PlannedFFN]) -> None:
