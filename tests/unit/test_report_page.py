@@ -29,7 +29,7 @@ def document(rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
             "date": "2026-11-22T00:00:00+00:00", "commit": None, "data": data}  # fmt: skip
     return {
         "rows": rows, "layers": {}, "model_kind": "causal", "reference": rows[0]["name"], "reference_is_dense": True,
-        "settings": {"device": "cpu", "dtype": "float32", "timing": None}, "provenance": made,
+        "settings": {"device": "cpu", "dtype": "float32", "timing": None}, "provenance": made, "benches": {},
     } | changes  # fmt: skip
 
 

@@ -27,7 +27,7 @@ Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timed turns of eac
 Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Measure other storages that are installed.")]
 File = Annotated[
     Path | None,
-    typer.Option("--out", "-o", help="Write the JSON to a file too.",
+    typer.Option("--out", "-o", help="Write the JSON here; in DIR as ffsplit_bench.json, compare uses it.",
                  metavar="FILE", show_default=False),
 ]  # fmt: skip
 

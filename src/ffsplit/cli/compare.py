@@ -19,6 +19,10 @@ Dirs = Annotated[
     list[str], typer.Argument(help="The dense model first, then checkpoints.", metavar="DIR...", show_default=False)
 ]
 Page = Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.", metavar="FILE")]
+Benches = Annotated[
+    list[Path] | None,
+    typer.Option("--bench", help="What `ffsplit bench --out` wrote of one of them; may be repeated.", metavar="FILE"),
+]
 Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed too.")]
 
 
@@ -32,6 +36,7 @@ def compare(
     device: options.Device = None,
     dtype: options.Dtype = None,
     speed: Speed = True,
+    bench: Benches = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure checkpoints on the same text and machine: a table, and one HTML page that stands alone."""
@@ -54,6 +59,7 @@ def compare(
             dtype=settings.dtype,
             out=out,
             speed=speed,
+            benches=bench or (),
             progress=report,
         )
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from ffsplit.report.scale import Scale, scale_for, tick_labels
 
 COLOURS = 6
 _CHARACTER = 6.6
-_LINE_HEIGHT = 14.0
+LINE_HEIGHT = 14.0
 _ROOM_FOR_NAMES = 700.0
 _WRECKED = 10.0
 
@@ -67,12 +67,32 @@ class Chart:
     missing: list[str] = field(default_factory=list)
 
 
-def quality_chart(rows: Sequence[Mapping[str, Any]], width: float, height: float) -> Chart | None:
-    """Quality against bytes in memory with the Pareto front; ``None`` unless two rows have both.
+@dataclass(frozen=True)
+class Axis:
+    """What quality is drawn against; less is better.
+
+    Attributes:
+        of: a row's value in the axis's unit, if it has one.
+        label: under the axis.
+        unit: behind a value.
+        front: which rows no other beats; None: those marked ``on_front``.
+    """
+
+    of: Callable[[Mapping[str, Any]], float | None]
+    label: str
+    unit: str
+    front: Callable[[Sequence[Mapping[str, Any]]], Sequence[bool]] | None = None
+
+
+MEMORY = Axis(lambda row: row["bytes_memory"] / 1e6 or None, "Memory of the loaded model, MB", "MB")
+
+
+def quality_chart(rows: Sequence[Mapping[str, Any]], width: float, height: float, axis: Axis = MEMORY) -> Chart | None:
+    """Quality against bytes in memory, or another axis, with the Pareto front; ``None`` unless two rows have both.
 
     Perplexities beyond ten times the best one would flatten all others; they are left out and named in ``missing``.
     """
-    rated = [row for row in rows if row["bytes_memory"] and math.isfinite(loss(row))]
+    rated = [row for row in rows if axis.of(row) and math.isfinite(loss(row))]
     if len(rated) < 2:
         return None
     key, label = _quality(rated[0])
@@ -80,13 +100,18 @@ def quality_chart(rows: Sequence[Mapping[str, Any]], width: float, height: float
     shown = [row for row in rated if loss(row) <= limit]
     missing = [str(row["name"]) for row in rows if row not in shown]
     box = (52.0, 14.0, width - 14.0, height - 46.0)
-    x_scale = scale_for([row["bytes_memory"] / 1e6 for row in shown], box[0], box[2])
+    values = [axis.of(row) or math.nan for row in shown]
+    x_scale = scale_for(values, box[0], box[2])
     y_scale = scale_for([row[key] for row in shown], box[3], box[1], log=True)
-    marks = [_mark(row, key, x_scale, y_scale) for row in shown]
+    best = [bool(row["on_front"]) for row in shown] if axis.front is None else axis.front(shown)
+    marks = [
+        Mark(x_scale(x), y_scale(row[key]), f"{row['name']}: {x:,.1f} {axis.unit}, {key} {row[key]:.4g}", on_front,
+             str(row["name"]))
+        for row, x, on_front in zip(shown, values, best, strict=True)
+    ]  # fmt: skip
     front = sorted((mark.x, mark.y) for mark in marks if mark.emphasis)
-    x_label = "Memory of the loaded model, MB"
     return Chart(
-        width, height, box, _ticks(x_scale, width), _ticks(y_scale, width), x_label, label,
+        width, height, box, ticks(x_scale, width), ticks(y_scale, width), axis.label, label,
         marks=place_labels(marks, box), front=_stairs(front), missing=missing,
     )  # fmt: skip
 
@@ -100,22 +125,27 @@ def error_chart(layers: Mapping[str, Sequence[Mapping[str, Any]]], width: float,
     measured = {name: its for name, its in errors.items() if sum(error is not None for error in its) >= 2}
     if not measured:
         return None
-    names = _CHARACTER * max(map(len, measured)) + 12 if width >= _ROOM_FOR_NAMES else 0.0
-    box = (52.0, 14.0, width - 14.0 - min(names, width / 3), height - 46.0)
+    box = named_box(measured, width, height)
     x_scale = Scale(0.0, max(len(its) for its in measured.values()) - 1.0, box[0] + 8, box[2] - 8)
     present = [error for its in measured.values() for error in its if error is not None]
     y_scale = scale_for(present, box[3], box[1], zero=True)
-    ends = spread([y_scale([e for e in its if e is not None][-1]) for its in measured.values()], _LINE_HEIGHT)
+    ends = spread([y_scale([e for e in its if e is not None][-1]) for its in measured.values()], LINE_HEIGHT)
     lines = [
         Line(" ".join(f"{x_scale(i):.1f},{y_scale(e):.1f}" for i, e in enumerate(its) if e is not None),
              number % COLOURS, name, end)
         for number, ((name, its), end) in enumerate(zip(measured.items(), ends, strict=True))
     ]  # fmt: skip
-    x_ticks = [tick for tick in _ticks(x_scale, width) if "." not in tick.label]
+    x_ticks = [tick for tick in ticks(x_scale, width) if "." not in tick.label]
     return Chart(
-        width, height, box, x_ticks, _ticks(y_scale, width), "FFN, in execution order", "Relative output error",
+        width, height, box, x_ticks, ticks(y_scale, width), "FFN, in execution order", "Relative output error",
         lines=lines,
     )  # fmt: skip
+
+
+def named_box(names: Iterable[str], width: float, height: float) -> tuple[float, float, float, float]:
+    """Where lines are drawn; a wide chart leaves room for their names behind their ends."""
+    room = _CHARACTER * max(map(len, names)) + 12 if width >= _ROOM_FOR_NAMES else 0.0
+    return 52.0, 14.0, width - 14.0 - min(room, width / 3), height - 46.0
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
@@ -127,12 +157,6 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     # Centred again: pushing only downwards would carry a crowd away from its lines.
     shift = sum(moved) / len(moved) - sum(places) / len(places) if places else 0.0
     return [place - shift for place in moved]
-
-
-def _mark(row: Mapping[str, Any], key: str, x_scale: Scale, y_scale: Scale) -> Mark:
-    memory, quality = row["bytes_memory"] / 1e6, row[key]
-    title = f"{row['name']}: {memory:,.1f} MB, {key} {quality:.4g}"
-    return Mark(x_scale(memory), y_scale(quality), title, bool(row["on_front"]), str(row["name"]))
 
 
 def place_labels(marks: Sequence[Mark], box: tuple[float, float, float, float]) -> list[Mark]:
@@ -152,7 +176,7 @@ def _placed(mark: Mark, box: tuple[float, float, float, float], taken: list[tupl
     ):  # fmt: skip
         left = mark.x + dx - {"start": 0.0, "middle": size / 2, "end": size}[anchor]
         bottom = mark.y + dy + 3
-        area = (left, bottom - _LINE_HEIGHT, left + size, bottom)
+        area = (left, bottom - LINE_HEIGHT, left + size, bottom)
         inside = area[0] >= box[0] and area[2] <= box[2] + 8 and area[1] >= box[1] - 8 and area[3] <= box[3]
         if inside and not any(_overlap(area, other) for other in taken):
             taken.append(area)
@@ -171,7 +195,8 @@ def _quality(row: Mapping[str, Any]) -> tuple[str, str]:
     return "cosine", "Cosine to the reference"
 
 
-def _ticks(scale: Scale, width: float) -> list[Tick]:
+def ticks(scale: Scale, width: float) -> list[Tick]:
+    """Round values on a scale, as many as there is room for."""
     values = scale.ticks(4 if width < _ROOM_FOR_NAMES else 6)
     return [Tick(scale(value), label) for value, label in zip(values, tick_labels(values), strict=True)]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ffsplit.evaluate.kinds import model_kind
 from ffsplit.evaluate.scoring import Progress
 from ffsplit.pipeline.compress import default_device
 from ffsplit.provenance import provenance
+from ffsplit.report.benches import read_benches
 from ffsplit.report.facts import CheckpointFacts, read_facts
 from ffsplit.report.page import write_page
 from ffsplit.report.rows import mark_front, reference_row, row_of
@@ -44,6 +45,7 @@ class Comparison:
         settings: device, dtype of the reference, and how speed was measured (``None``: it was not).
         provenance: versions, hardware, and the text with its hashes.
         page: the HTML page, if one was written.
+        benches: documents of ``ffsplit bench``, by the checkpoint's name.
     """
 
     rows: list[dict[str, Any]]
@@ -53,6 +55,7 @@ class Comparison:
     settings: dict[str, Any]
     provenance: dict[str, Any]
     page: Path | None = None
+    benches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -69,6 +72,7 @@ class Comparison:
             "reference_is_dense": self.reference_is_dense,
             "settings": self.settings,
             "provenance": self.provenance,
+            "benches": dict(self.benches),
             "page": None if self.page is None else str(self.page),
         }
 
@@ -84,6 +88,7 @@ def compare_checkpoints(
     out: str | Path | None = None,
     speed: bool = True,
     dtype: torch.dtype | None = None,
+    benches: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure checkpoints on the same text and the same machine. At most two of them are in memory at a time.
@@ -98,10 +103,11 @@ def compare_checkpoints(
         out: where to write the page; a folder gets ``compare.html``. None writes none.
         speed: measure it too.
         dtype: to load all of them in; None keeps each one's own.
+        benches: results of ``ffsplit bench`` of these checkpoints, besides those in their folders.
         progress: called with a label, what is done and the total.
 
     Raises:
-        DataError: no checkpoint is given, or the text does not fit one of them.
+        DataError: no checkpoint is given, the text does not fit one of them, or a bench is none of theirs.
         ModelError: one of them cannot be loaded.
         CheckpointError: one of them is damaged.
     """
@@ -109,6 +115,7 @@ def compare_checkpoints(
         raise DataError("nothing to compare: give at least one checkpoint, the dense model first")
     where = torch.device(device) if device is not None else default_device()
     checkpoints = read_facts([str(place) for place in dirs])
+    benched = read_benches(checkpoints, benches)
     reference = checkpoints[0].source.load(dtype).to(where)
     windows = _windows(reference, checkpoints[0], data, field, samples, seq_len)
     judge = _Judge(reference, checkpoints, windows, speed, progress)
@@ -125,6 +132,7 @@ def compare_checkpoints(
             "timing": judge.timing if speed else None,
         },
         provenance=provenance(data=data_record(windows)),
+        benches=benched,
     )
     if out is None:
         return comparison

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ffsplit.report.chart import Chart, error_chart, quality_chart
 from ffsplit.report.columns import COLUMNS, MISSING, columns_of
+from ffsplit.report.speed_charts import latency_chart, speed_chart
 
 PAGE_NAME = "compare.html"
 WIDE, NARROW = (1040.0, 420.0), (376.0, 320.0)
@@ -43,6 +44,7 @@ def render_page(comparison: Mapping[str, Any]) -> str:
     )
     rows, layers = comparison["rows"], comparison["layers"]
     compressed = {name: its for name, its in layers.items() if its}
+    benches = comparison["benches"]
     return environment.get_template("compare.html.j2").render(
         comparison=comparison,
         rows=rows,
@@ -51,6 +53,9 @@ def render_page(comparison: Mapping[str, Any]) -> str:
         missing=MISSING,
         quality=_both(lambda size: quality_chart(rows, *size)),
         errors=_both(lambda size: error_chart(compressed, *size)),
+        latency=_both(lambda size: latency_chart(rows, *size)),
+        speeds=_both(lambda size: speed_chart(benches, *size)),
+        verdicts={name: bench["verdicts"] for name, bench in benches.items() if bench.get("verdicts")},
         layers=compressed,
         structure={name: _structure(its) for name, its in compressed.items()},
     )
