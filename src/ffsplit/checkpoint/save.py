@@ -73,7 +73,7 @@ def save(
     target = Path(directory).resolve()
     refuse_existing(target, overwrite)
     model, kind = _to_write(result)
-    with _staging(target) as staging:
+    with staged(target) as staging:
         _refuse_small_disk(model, target.parent)
         _write(result, model, kind, staging, max_shard_size)
         if verify:
@@ -144,7 +144,7 @@ def _refuse_small_disk(model: PreTrainedModel, parent: Path) -> None:
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
+def staged(target: Path) -> Iterator[Path]:
     """A temporary sibling of the target, removed whatever happens."""
     staging = _sibling(target, "partial")
     try:

@@ -15,6 +15,7 @@ from ffsplit.cli.compress import compress
 from ffsplit.cli.decompress import decompress
 from ffsplit.cli.demo import demo
 from ffsplit.cli.eval import evaluate
+from ffsplit.cli.export import export
 from ffsplit.cli.guard import GuardedGroup
 from ffsplit.cli.inspect import inspect
 from ffsplit.cli.methods import methods
@@ -35,6 +36,7 @@ app.command("bench")(bench)
 app.command("methods")(methods)
 app.command("decompress")(decompress)
 app.command("slice")(slice_)
+app.command("export")(export)
 app.command("demo")(demo)
 
 
