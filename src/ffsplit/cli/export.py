@@ -19,9 +19,14 @@ To = Annotated[Literal["onnx"], typer.Option("--to", help="The runtime's format.
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Directory to write; DIR-onnx if not given.", metavar="DIR")
 ]
+FloatInputs = Annotated[
+    bool, typer.Option("--float-inputs", help="Leave the inputs of low-bit matrices in float32: exact, and slower.")
+]
 
 
-def export(directory: Checkpoint, to: To, out: Out = None, as_json: options.Json = False) -> None:
+def export(
+    directory: Checkpoint, to: To, out: Out = None, float_inputs: FloatInputs = False, as_json: options.Json = False
+) -> None:
     """Write a checkpoint as an ONNX graph, and check it in ONNX Runtime.
 
     Low-bit codes stay codes (MatMulNBits), int8 weights stay int8; what has no such node becomes float32, with a note.
@@ -34,7 +39,7 @@ def export(directory: Checkpoint, to: To, out: Out = None, as_json: options.Json
         from ffsplit.export.run import export_onnx
 
         say(f"exporting {directory}")
-        done = export_onnx(directory, target)
+        done = export_onnx(directory, target, round_inputs=not float_inputs)
     if as_json:
         print_json({**asdict(done), "directory": str(target)})
         return

@@ -19,8 +19,10 @@ from ffsplit.kernels.dispatch import reference_only
 LENGTHS = (9, 14)
 EXACT = 1e-3
 """Allowed relative difference of any output where both compute in float32."""
-ROUNDED = 0.1
-"""Where inputs are rounded to 8 bits at run time: a code that falls the other way is a difference of its own size."""
+LOOSE = 0.1
+"""Where both round inputs alike, or leave work out: a value may fall the other way in one of them."""
+ROUNDED = 0.3
+"""Where ONNX Runtime alone rounds inputs to 8 bits in blocks, after the graph was proved without: a last look only."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ def cases(model: PreTrainedModel, signature: Signature) -> list[Case]:
     Packed matrices are multiplied as they are stored, without the roundings of torch's own fast kernels.
     """
     with reference_only():
-        return [case for number, mask in enumerate(_masks(signature)) for case in _answered(model, signature, mask, number)]
+        return [
+            case for number, mask in enumerate(_masks(signature)) for case in _answered(model, signature, mask, number)
+        ]
 
 
 def _masks(signature: Signature) -> list[Tensor]:

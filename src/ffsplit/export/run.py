@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 from ffsplit.checkpoint.quantizer import FFSplitStorageConfig
 from ffsplit.checkpoint.save import publish, refuse_existing, staged
 from ffsplit.errors import ModelError, RecipeError
-from ffsplit.export.check import EXACT, ROUNDED, cases, compare, float_inputs, rounds_blocks
+from ffsplit.export.check import EXACT, LOOSE, ROUNDED, Case, cases, compare, float_inputs, rounds_blocks
 from ffsplit.export.inputs import Kind, Signature, signature
 from ffsplit.export.storages import notes, refuse_inexpressible
 from ffsplit.export.trace import GRAPH, sample, trace, write_nodes
@@ -47,7 +49,7 @@ class Exported:
     bytes: int
 
 
-def export_onnx(model: str | Path, directory: str | Path) -> Exported:
+def export_onnx(model: str | Path, directory: str | Path, *, round_inputs: bool = True) -> Exported:
     """Write a checkpoint as an ONNX graph for ONNX Runtime.
 
     Packed codes stay the codes that they are (``MatMulNBits``), int8 weights with inputs rounded per token stay int8
@@ -56,6 +58,8 @@ def export_onnx(model: str | Path, directory: str | Path) -> Exported:
     Args:
         model: a directory of :func:`ffsplit.save`, or any checkpoint of a text encoder or decoder.
         directory: to write; must not exist yet, or be empty.
+        round_inputs: let ONNX Runtime round the inputs of packed matrices to int8 in blocks, for which it has fast
+            kernels; without, the graph computes what torch computes up to float32 rounding, more slowly.
 
     Raises:
         RecipeError: the packages of the extra ``onnx`` are missing.
@@ -73,7 +77,9 @@ def export_onnx(model: str | Path, directory: str | Path) -> Exported:
     told = notes(spec for _, spec in specs)
     loaded = source.load(torch.float32)
     with staged(target) as folder:
-        difference, rounded = _written(loaded, asked, folder, _loose(specs))
+        answers = _written(loaded, asked, folder)
+        allowed = LOOSE if _loose(specs) else EXACT
+        difference, rounded = compared(folder / GRAPH, answers, allowed=allowed, round_inputs=round_inputs)
         _beside(source, loaded, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         done = Exported(Path(directory), asked.kind, difference, rounded, tuple(told), size)
@@ -83,20 +89,33 @@ def export_onnx(model: str | Path, directory: str | Path) -> Exported:
     return done
 
 
-def _written(model: PreTrainedModel, asked: Signature, folder: Path, loose: bool) -> tuple[float, float | None]:
-    """Trace the model into the folder and compare; the model no longer runs afterwards."""
+def _written(model: PreTrainedModel, asked: Signature, folder: Path) -> list[Case]:
+    """Trace the model into the folder, after it has answered; it no longer runs afterwards."""
     model.eval().requires_grad_(False)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     answers, inputs = cases(model, asked), sample(model, asked)
     write_nodes(model)
     trace(model, inputs, folder)
-    graph = folder / GRAPH
-    allowed = ROUNDED if loose else EXACT
+    return answers
+
+
+def compared(graph: Path, answers: Sequence[Case], *, allowed: float, round_inputs: bool) -> tuple[float, float | None]:
+    """Prove a graph with its inputs in float32, and leave it with them rounded or, if wanted, as it was proved.
+
+    Returns:
+        the differences, see :class:`Exported`.
+
+    Raises:
+        CheckpointError: one is too large.
+    """
     if not rounds_blocks(graph):
         return compare(graph, answers, allowed), None
     plain = float_inputs(graph)
     difference = compare(plain, answers, allowed)
+    if not round_inputs:
+        os.replace(plain, graph)
+        return difference, None
     plain.unlink()
     return difference, compare(graph, answers, ROUNDED)
 
