@@ -215,7 +215,9 @@ def test_an_exported_encoder_is_the_model(exported: tuple[Path, Path, run.Export
     assert json.loads((folder / run.REPORT_FILE).read_text())["kind"] == "encoder"
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert not list(folder.glob("float_inputs*"))
-    texts = AutoTokenizer.from_pretrained(folder)(["short", "a longer one"], return_tensors="pt", padding=True)
+    texts = AutoTokenizer.from_pretrained(folder)(
+        ["short", "a longer one"], return_tensors="pt", padding=True, return_token_type_ids=True
+    )
     model = transformers.AutoModel.from_pretrained(checkpoint)
     running = session(folder / GRAPH)
     found = running.run(["last_hidden_state"], {i.name: texts[i.name].numpy() for i in running.get_inputs()})[0]
