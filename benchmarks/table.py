@@ -1,7 +1,6 @@
 """The table of the README: training-free methods on SmolLM2-135M, all 30 FFNs, one protocol.
 
-Calibration: the first 48 windows of 2,048 tokens of WikiText-2 ``valid.txt``. Evaluation: the first 40 windows of 2,048
-tokens of WikiText-2 ``test.txt``, and as many of the C4 slice, which nothing is calibrated on.
+The protocol is that of ``_protocol.py``.
 
     python benchmarks/table.py [--device cuda] [--only PATTERN] [--out benchmarks/results/table.json]
 """
@@ -20,15 +19,7 @@ import torch
 import transformers
 
 import ffsplit
-from _common import data_folder, smollm2
-from ffsplit.calibrate.sources import load_texts
-from ffsplit.calibrate.tokens import TokenWindows, tokenize_windows
-from ffsplit.evaluate.agreement import compare_language_models
-from ffsplit.evaluate.perplexity import perplexity
-from ffsplit.pipeline.load import open_source
-from ffsplit.provenance import hash_model, provenance
-
-SEQ_LEN, CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 2048, 48, 40
+from _protocol import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, Protocol, line
 
 
 def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -133,83 +124,40 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
 ]
 
 
-def windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
-    return tokenize_windows(load_texts(file), tokenizer, seq_len=SEQ_LEN, samples=count)
-
-
-def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
-    lines = [json.loads(line) for line in (data_folder() / "c4_slice" / "c4.jsonl").read_text().splitlines()]
-    texts = tuple(line["prefix"] + line["gold_completion"] for line in lines)
-    return tokenize_windows(load_texts(texts), tokenizer, seq_len=SEQ_LEN, samples=count)
-
-
 def run(
     rows: list[tuple[str, dict[str, Any], float | None]],
+    protocol: Protocol,
     device: str,
     out: Path,
-    cap: int,
-    samples: int,
     measured: Path | None,
-) -> list[dict[str, Any]]:
-    source = open_source(str(smollm2()))
-    dense, tokenizer = source.load(), source.tokenizer()
-    calibration = windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", samples)
-    test = windows(tokenizer, data_folder() / "wikitext2" / "test.txt", cap)
-    c4 = c4_windows(tokenizer, cap)
-    reference = copy.deepcopy(dense).to(device)
-    base = {"wikitext2": perplexity(reference, test), "c4": perplexity(reference, c4)}
-    print(f"dense: {base['wikitext2'].describe()} | {base['c4'].describe()}", flush=True)
-    model_sha256 = hash_model(dense)
+) -> None:
     results: list[dict[str, Any]] = []
     for name, recipe, prototype in rows:
         started = time.perf_counter()
         result = ffsplit.compress(
-            copy.deepcopy(dense),
-            tokenizer,
+            copy.deepcopy(protocol.dense),
+            protocol.tokenizer,
             recipe=recipe,
-            calibration=calibration,
+            calibration=protocol.calibration,
             device=device,
             seed=0,
             measured=measured,
         )
         fitted = time.perf_counter() - started
-        model = result.model.to(device)
-        both = compare_language_models(reference, model, test)
         row = {
             "name": name,
             "recipe": result.recipe.model_dump(mode="json"),
             "keep_ffn": result.plan.keep,
             "bits_ffn": result.plan.bits,
             "prototype": prototype,
-            "wikitext2": both.compressed.value,
-            "c4": perplexity(model, c4).value,
-            "kl": both.agreement.kl,
-            "top1": both.agreement.top1,
+            **protocol.measure(result.model.to(device)),
             "seconds": round(fitted, 1),
             "output_error": [layer["output_error"] for layer in result.report["layers"]],
             **({"decision": result.report["decision"]} if "decision" in result.report else {}),
         }
         results.append(row)
-        print(
-            f"{name:48s} keep {row['keep_ffn']:.3f} bits {row['bits_ffn']:6.3f} prototype {prototype or '-':>8} "
-            f"wt2 {row['wikitext2']:9.2f} c4 {row['c4']:9.2f} kl {row['kl']:.3f} top1 {row['top1']:.3f} {fitted:.0f} s",
-            flush=True,
-        )
-        document = {
-            "benchmark": "table",
-            "model": {"name": "SmolLM2-135M-Instruct Q4_1, dequantised to float32", "sha256": model_sha256},
-            "protocol": {
-                "calibration": f"first {calibration.samples} windows of {SEQ_LEN} of WikiText-2 valid",
-                "evaluation": f"first {cap} windows of {SEQ_LEN}, stride {SEQ_LEN}",
-                "data": {w.name: w.sha256 for w in (calibration, test, c4)},
-            },
-            "dense": {name: value.value for name, value in base.items()},
-            "rows": results,
-            "provenance": provenance(seed=0, data={"calibration": calibration.sha256, "test": test.sha256}),
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=1))
-    return results
+        print(f"{line(row)} prototype {prototype or '-'}", flush=True)
+        protocol.write(out, "table", results)
 
 
 def main() -> None:
@@ -226,7 +174,8 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [(name, recipe, None) for name, recipe in json.loads(options.extra.read_text())] if options.extra else ROWS
     rows = [row for row in rows if re.search(options.only, row[0])]
-    run(rows, options.device, options.out, options.windows, options.samples, options.measured)
+    protocol = Protocol.prepare(options.device, options.samples, options.windows)
+    run(rows, protocol, options.device, options.out, options.measured)
 
 
 if __name__ == "__main__":
