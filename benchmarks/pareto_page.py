@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter, Nul
 
 from _common import FIGURES, ROOT, read_results
 from ffsplit.report.chart import Mark, place_labels
+from ffsplit.report.compare import Comparison
 from ffsplit.report.page import write_page
 from ffsplit.report.pareto import pareto_front
 from ffsplit.report.plots import ACCENT, INK, RULE, SOFT, WARM, save_figure, styled
@@ -34,6 +35,7 @@ OWN = re.compile(r"refit|ffsplit|auto|best|drift|linear|bits3|greedy|forward|pru
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SIZES = {"wikitext2": 2.0, "c4": 3.5}
 """Perplexities above so many times the dense one are left out of the figure."""
+DENSE = "SmolLM2-135M, dense"
 FLOAT_BITS = 16.0
 FFN_WEIGHTS, OTHER_WEIGHTS = 79_626_240, 54_888_768
 """Of SmolLM2-135M; the others are counted as 16-bit floats."""
@@ -216,7 +218,7 @@ def _peers(points: Sequence[Point]) -> list[str]:
 
 def comparison(document: dict[str, Any], points: Sequence[Point]) -> dict[str, Any]:
     """What ``ffsplit compare`` makes its page from, the dense model first; sizes follow from the bits."""
-    dense = {"name": "dense", "kind": "dense", "keep_ffn": 1.0, "bits_ffn": FLOAT_BITS, **document["dense"]}
+    dense = {"name": DENSE, "kind": "dense", "keep_ffn": 1.0, "bits_ffn": FLOAT_BITS, **document["dense"]}
     worst = SIZES["wikitext2"] * document["dense"]["wikitext2"]
     chosen = sorted((p for p in points if p.label and p.row["wikitext2"] <= worst), key=lambda p: p.bits)
     rows = [_compare_row(Point(dense, KNOWN)), *map(_compare_row, chosen)]
@@ -225,15 +227,15 @@ def comparison(document: dict[str, Any], points: Sequence[Point]) -> dict[str, A
     windows, length = map(int, re.findall(r"\d+", document["protocol"]["evaluation"])[:2])
     text = {"source": "WikiText-2", "split": "test", "samples": windows, "seq_len": length, "tokens": windows * length,
             "tokens_sha256": test, "text_sha256": None}  # fmt: skip
-    return {
-        "rows": rows,
-        "layers": {},
-        "model_kind": "causal",
-        "reference": "SmolLM2-135M",
-        "reference_is_dense": True,
-        "settings": {"device": "GPU", "dtype": "float32", "timing": None},
-        "provenance": {**document["provenance"], "data": text},
-    }
+    made = Comparison(
+        rows=rows,
+        checkpoints=[],
+        model_kind="causal",
+        reference_is_dense=True,
+        settings={"device": "GPU", "dtype": "float32", "timing": None},
+        provenance={**document["provenance"], "data": text},
+    )
+    return made.to_dict()
 
 
 def _compare_row(point: Point) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def _compare_row(point: Point) -> dict[str, Any]:
         **dict.fromkeys(empty),
         "name": row["name"],
         "kind": row.get("kind", "ffsplit"),
-        "method": row.get("package", "dense" if row["name"] == "dense" else point.kind),
+        "method": row.get("package", "dense" if row["name"] == DENSE else point.kind),
         "keep_ffn": row["keep_ffn"],
         "keep_model": (FFN_WEIGHTS * row["keep_ffn"] + OTHER_WEIGHTS) / (FFN_WEIGHTS + OTHER_WEIGHTS),
         "bits_ffn": point.bits,
