@@ -70,6 +70,8 @@ def _full_width(model: PreTrainedModel, skeleton: PreTrainedModel, site: FFNSite
     else:
         ffn = _no_neurons(module, skeleton, site, model.get_buffer(f"{site.down}.weight").to(dtype))
     missing = site.d_ff - ffn.d_ff
+    if missing < 0:
+        raise ModelError(f"{site.name} holds {ffn.d_ff} neurons, of several FFNs; a dense one has {site.d_ff}")
 
     def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

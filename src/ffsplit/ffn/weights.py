@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -80,3 +81,20 @@ class FFNWeights:
         """The same FFN with ``function`` applied to every tensor (a cast or a move)."""
         changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
+
+
+def side_by_side(ffns: Sequence[FFNWeights]) -> FFNWeights:
+    """One FFN of the neurons of several: on any input it computes the sum of what they compute.
+
+    Args:
+        ffns: with one activation, and with the same of gate and biases.
+    """
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(ffn, name) for ffn in ffns]
+        return None if parts[0] is None else torch.cat(parts)
+
+    changed: dict[str, Any] = {name: joined(name) for name in ("up", "gate", "up_bias", "gate_bias")}
+    down, biases = torch.cat([ffn.down for ffn in ffns], dim=1), [ffn.down_bias for ffn in ffns]
+    bias = torch.stack([bias for bias in biases if bias is not None]).sum(0) if biases[0] is not None else None
+    return replace(ffns[0], **changed, down=down, down_bias=bias)

@@ -54,6 +54,11 @@ class MethodConfig(BaseModel):
         """Whether the budget leaves the FFN as it is."""
         return False
 
+    @property
+    def imitates(self) -> bool:
+        """Whether the result shall compute what the dense FFN in its place does, so that the difference is an error."""
+        return True
+
     def quick(self) -> MethodConfig:
         """A cheaper variant that does about the same damage, for comparing candidates."""
         return self

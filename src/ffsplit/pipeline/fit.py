@@ -108,7 +108,7 @@ def _fit(
         planned = job.plan.ffns[index].spec
         if module.spec != planned:
             raise RuntimeError(f"{site.name}: {config.method} built another structure than its plan promised")
-        error = relative_error(data, module)
+        error = relative_error(data, module) if config.imitates else None
     notes = {
         "ffn": site.name,
         "method": config.method,

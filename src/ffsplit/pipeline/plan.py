@@ -14,6 +14,7 @@ from ffsplit.ffn.projections import TiedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
+from ffsplit.methods.fused import FusedConfig
 from ffsplit.methods.registry import MethodConfig, get_method
 from ffsplit.pipeline.recipe import MethodField
 
@@ -107,6 +108,7 @@ def make_plan(
                 raise BudgetError(f"{site.name}: {error}") from error
         planned.append(PlannedFFN(site=site.to_dict(), shape=vars(shape), method=config, spec=spec))
     _check_ties(planned)
+    _check_runs(configs)
     return Plan(ffns=tuple(planned), attention=tuple(attention))
 
 
@@ -122,6 +124,18 @@ def _check_ties(planned: Sequence[PlannedFFN]) -> None:
                 )
         if ffn.method is not None:
             earlier[ffn.name] = ffn.spec
+
+
+def _check_runs(configs: Sequence[MethodConfig | None]) -> None:
+    """FFNs that run as one wide FFN go together: an override may have taken one out of its run."""
+    for config in configs:
+        if isinstance(config, FusedConfig):
+            for place, index in enumerate(config.members):
+                if configs[index] != FusedConfig(members=config.members, place=place):
+                    raise RecipeError(
+                        f"FFN {index} is fused with FFNs {', '.join(map(str, config.members))}, which an override "
+                        "does not leave to the planner; leave all or none of them to it"
+                    )
 
 
 def _stores(owner: SumSpec, tied: TiedSpec) -> bool:
