@@ -33,8 +33,22 @@ MARKERS = {OURS: "o", KNOWN: "x", PEER: "D"}
 # What makes a row more than a known method run layer by layer.
 OWN = re.compile(r"refit|ffsplit|auto|best|drift|linear|bits3|greedy|forward|prune obs|whitened rest")
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
-SIZES = {"wikitext2": 2.0, "c4": 3.5}
-"""Perplexities above so many times the dense one are left out of the figure."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A column of panels: what it shows, between which bits, and up to how many times the dense perplexity."""
+
+    title: str
+    low: float
+    high: float
+    worst: dict[str, float]
+
+
+SIDES = (
+    Side("integers", 2.3, 4.85, {"wikitext2": 1.45, "c4": 2.1}),
+    Side("16-bit weights, fewer of them", 7.4, 12.6, {"wikitext2": 2.0, "c4": 3.5}),
+)
 DENSE = "SmolLM2-135M, dense"
 FLOAT_BITS = 16.0
 FFN_WEIGHTS, OTHER_WEIGHTS = 79_626_240, 54_888_768
@@ -70,7 +84,9 @@ class Point:
     @property
     def label(self) -> str:
         name = str(self.row["name"])
-        return name.removeprefix("llm-compressor ") if self.kind == PEER else LABELS.get(name, "")
+        if self.kind == PEER:
+            return name.removeprefix("llm-compressor ").replace(" g64", "").replace("symmetric", "sym.")
+        return LABELS.get(name, "")
 
 
 def load_points() -> tuple[dict[str, Any], list[Point]]:
@@ -93,27 +109,31 @@ def front(points: Sequence[Point], text: str) -> list[Point]:
     return sorted((p for p, on in zip(points, marked, strict=True) if on), key=lambda p: p.bits)
 
 
+def shown(points: Sequence[Point], side: Side, text: str, dense: dict[str, float]) -> list[Point]:
+    """The points of one panel."""
+    worst = side.worst[text] * dense[text]
+    return [p for p in points if side.low <= p.bits <= side.high and p.row[text] <= worst]
+
+
 def pareto_figure(dense: dict[str, float], points: Sequence[Point]) -> Figure:
     """Perplexity over bits: integers left, 16-bit weights of which fewer are stored right; a row of panels a text."""
     with styled():
-        figure = Figure(figsize=(11.5, 8.2), dpi=72, layout="constrained")
-        grid = figure.subplots(len(TEXTS), 2, squeeze=False, gridspec_kw={"width_ratios": [1.25, 1]})
-        for axes, (text, title) in zip(grid, TEXTS.items(), strict=True):
-            for side, (low, high, what) in zip(
-                axes, ((2.3, 4.6, "integers"), (7.4, 12.6, "16-bit weights, fewer of them")), strict=True
-            ):
-                inside = [p for p in points if low <= p.bits <= high and p.row[text] <= SIZES[text] * dense[text]]
-                _panel(side, inside, dense[text], text)
-                side.set(title=f"{title}: {what}", xlim=(low, high), xlabel="stored bits per FFN weight, all in")
-            axes[0].set_ylabel("perplexity")
+        figure = Figure(figsize=(11.5, 8.6), dpi=72, layout="constrained")
+        grid = figure.subplots(len(TEXTS), len(SIDES), squeeze=False, gridspec_kw={"width_ratios": [1.35, 1]})
+        panels = [
+            (grid[i][j], text, side, shown(points, side, text, dense))
+            for i, text in enumerate(TEXTS)
+            for j, side in enumerate(SIDES)
+        ]
+        for axes, text, side, inside in panels:
+            _panel(axes, inside, dense[text], text)
+            axes.set(title=f"{TEXTS[text]}: {side.title}", xlim=(side.low, side.high), ylabel="perplexity",
+                     xlabel="stored bits per FFN weight, all in")  # fmt: skip
         handles = [grid[0][0].scatter([], [], color=COLOURS[k], marker=MARKERS[k], label=k) for k in COLOURS]
         figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=3, labelcolor=INK)
-        figure.draw_without_rendering()
-        for axes, text in zip(grid, TEXTS, strict=True):
-            for side in axes:
-                low, high = side.get_xlim()
-                worst = SIZES[text] * dense[text]
-                _name(figure, side, [p for p in points if low <= p.bits <= high and p.row[text] <= worst], text)
+        figure.draw_without_rendering()  # the layout must be known before names are placed
+        for axes, text, _, inside in panels:
+            _name(figure, axes, inside, text)
     return figure
 
 
@@ -169,9 +189,9 @@ def markdown(document: dict[str, Any], points: Sequence[Point]) -> str:
         "",
         "![Perplexity over stored bits per FFN weight](figures/pareto.png)",
         "",
-        "The line is the front of each panel. Rows whose perplexity is more than "
-        f"{SIZES['wikitext2']:g} (WikiText-2) or {SIZES['c4']:g} (C4) times the dense one are left out of it. The same "
-        "as a page of `ffsplit compare`, whose memory follows from the bits: [pareto.html](pareto.html).",
+        "The line is the front of each panel. Rows far above it are left out: those beyond "
+        f"{_limits('wikitext2')} times the dense perplexity on WikiText-2 and {_limits('c4')} times on C4. The same as "
+        "a page of `ffsplit compare`, whose memory follows from the bits: [pareto.html](pareto.html).",
         "",
         "## The front on WikiText-2",
         "",
@@ -182,6 +202,10 @@ def markdown(document: dict[str, Any], points: Sequence[Point]) -> str:
         *_peers(points),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _limits(text: str) -> str:
+    return " and ".join(f"{side.worst[text]:g} ({side.title})" for side in SIDES)
 
 
 def _table(points: Iterable[Point]) -> list[str]:
@@ -219,7 +243,7 @@ def _peers(points: Sequence[Point]) -> list[str]:
 def comparison(document: dict[str, Any], points: Sequence[Point]) -> dict[str, Any]:
     """What ``ffsplit compare`` makes its page from, the dense model first; sizes follow from the bits."""
     dense = {"name": DENSE, "kind": "dense", "keep_ffn": 1.0, "bits_ffn": FLOAT_BITS, **document["dense"]}
-    worst = SIZES["wikitext2"] * document["dense"]["wikitext2"]
+    worst = max(side.worst["wikitext2"] for side in SIDES) * document["dense"]["wikitext2"]
     chosen = sorted((p for p in points if p.label and p.row["wikitext2"] <= worst), key=lambda p: p.bits)
     rows = [_compare_row(Point(dense, KNOWN)), *map(_compare_row, chosen)]
     mark_front(rows)
