@@ -88,7 +88,7 @@ def test_the_kernel_multiplies_by_the_decoded_matrix(
     groups = -(-columns // group)
     scale = torch.rand(rows, groups, generator=generator) + 0.1
     zero = torch.randint(0, 2**bits, (rows, groups), generator=generator).float()
-    made = cpu_int4.int4_matrix(codes, scale, zero, bits=bits, group=group)
+    made = cpu_int4.int4_matrix(cpu_int4.int4_parts(codes, scale, zero, bits=bits, group=group))
     x = torch.randn(tokens, columns, generator=generator)
     spread = torch.arange(columns) // group
     weight = (codes.double() - zero[:, spread]) * scale[:, spread]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,17 @@ from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
 from ffsplit.ffn.lookup import Lookup
+from ffsplit.ffn.merged import merged_sum
 from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.skips import Skip
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.kernels.cache import DerivedCache
+
+
+def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -63,22 +70,26 @@ class Branch(nn.Module):
 
     def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens neurons"]:
         """Activations of this branch's neurons, the input of its ``down``."""
-        up = self.up(x if self.selector is None else self.selector.inputs(x, "up"))
-        if self.up_bias is not None:
-            up = up + self.up_bias
+        if self.selector is None:
+            return self.hidden_of(self.up(x), None if self.gate is None else self.gate(x))
+        up = _biased(self.up(self.selector.inputs(x, "up")), self.up_bias)
         if self.gate is None:
             return self._selected(self.act(up), x)
-        gate = self.gate(x if self.selector is None else self.selector.inputs(x, "gate"))
-        if self.gate_bias is not None:
-            gate = gate + self.gate_bias
+        gate = _biased(self.gate(self.selector.inputs(x, "gate")), self.gate_bias)
         return self._selected(self.act(gate), x, up)
+
+    def hidden_of(
+        self, up: Float[Tensor, "*tokens neurons"], gate: Float[Tensor, "*tokens neurons"] | None
+    ) -> Float[Tensor, "*tokens neurons"]:
+        """Activations from the outputs of ``up`` and ``gate``; only without a selector."""
+        up = _biased(up, self.up_bias)
+        return self.act(up) if gate is None else self.act(_biased(gate, self.gate_bias)) * up  # type: ignore[no-any-return]
 
     def _selected(
         self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"], up: Tensor | None = None
     ) -> Float[Tensor, "*tokens neurons"]:
         """Hidden activations from the activation's outputs, as far as the selector lets them through."""
-        if self.selector is None:
-            return a if up is None else a * up
+        assert self.selector is not None
         a = self.selector.activations(a, x, self.act)
         return self.selector.hidden(a if up is None else a * up)
 
@@ -91,6 +102,9 @@ class SumFFN(nn.Module):
 
     The branches are stored heavy first. An empty sum is a dropped FFN: it returns zeros (plus the bias, if any). With
     ``skip`` some tokens do without all of it.
+
+    Attributes:
+        derived: merged matrices of the branches for few tokens, see :mod:`ffsplit.ffn.merged`.
     """
 
     bias: nn.Parameter | None
@@ -111,6 +125,13 @@ class SumFFN(nn.Module):
         self.lookup = lookup
         self.skip = skip
         self.register_parameter("bias", _parameter(bias))
+        self.derived = DerivedCache()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A cast or a move may leave the tensors' versions as they were.
+        self.derived.drop()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def spec(self) -> SumSpec:
@@ -155,8 +176,8 @@ class SumFFN(nn.Module):
         return self._sum(x) if self.skip is None else self.skip(x, self._sum)  # type: ignore[no-any-return]
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
-        total: Tensor | None = None
-        for branch in self.branches:
+        total = merged_sum(x, self._branches(), self.derived)
+        for branch in self.branches if total is None else ():
             out = branch(x)
             total = out if total is None else total + out
         for term in (self.linear, self.lookup):

@@ -12,6 +12,7 @@ their codes costs (a thirtieth for 4 bits in groups of 128), so modules in float
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +37,32 @@ AVAILABLE = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") and cpu.VECTO
 
 
 @dataclass(frozen=True)
+class Int4Parts:
+    """A packed matrix in the kernel's terms, not yet in its layout.
+
+    Attributes:
+        codes: ``[rows, halves * columns]``, 0 to 15, uint8: the high halves, then the low ones.
+        table: ``[rows, groups, 2]``, float32: a weight (or half of it) is ``(code - 8) * scale + offset``.
+        group: codes of a row that share these.
+        halves: 1, or 2 for codes above 4 bits.
+    """
+
+    codes: Tensor
+    table: Tensor
+    group: int
+    halves: int
+
+
+@dataclass(frozen=True)
 class Int4Matrix:
     """A packed matrix in the kernel's layout: half a byte a weight, a whole one above 4 bits, and 4 bytes a group.
 
     Attributes:
         weight: codes as torch orders them.
-        scale_and_zero: ``[groups, rows, 2]``, bfloat16; a weight is ``(code - 8) * scale + zero``.
-        group: columns that share these.
+        scale_and_zero: the table, ``[groups, rows, 2]``, bfloat16.
+        group: codes of a row that share these.
         rows: without those that fill up.
-        halves: 1, or 2 for codes above 4 bits.
+        halves: how many times the inputs stand beside each other.
     """
 
     weight: Tensor
@@ -81,15 +99,15 @@ def kernel_group(columns: int, group: int) -> int | None:
     return next((size for size in GROUPS if whole % size == 0 and columns % size == 0), None)
 
 
-def int4_matrix(
+def int4_parts(
     codes: UInt8[Tensor, "out columns"],
     scale: Float[Tensor, "out groups"],
     zero: Float[Tensor, "out groups"],
     *,
     bits: int,
     group: int,
-) -> Int4Matrix:
-    """Bring a matrix ``scale * (code - zero)`` into the kernel's layout.
+) -> Int4Parts:
+    """Put a matrix ``scale * (code - zero)`` in the kernel's terms.
 
     Args:
         codes: unpacked.
@@ -98,11 +116,9 @@ def int4_matrix(
         bits: of a code.
         group: columns that share a scale.
     """
-    rows, columns = codes.shape
-    size = kernel_group(columns, group)
+    size = kernel_group(codes.shape[1], group)
     assert size is not None
-    filler = -rows % ROWS
-    pieces = torch.arange(0, columns, size, device=codes.device) // group
+    pieces = torch.arange(0, codes.shape[1], size, device=codes.device) // group
     step = scale[:, pieces].bfloat16().float()
     # The kernel subtracts 8 from every code. Codes are moved to the middle of its range first, or large terms would
     # cancel; what is then missing to `code - zero` is the offset.
@@ -110,20 +126,32 @@ def int4_matrix(
     codes = codes + moved
     offset = step * (2 ** (HALF - 1) - moved - zero[:, pieces])
     if halves(bits) == 1:
-        parts, steps, offsets = [codes], [step], [offset]
-    else:
-        # In two parts, of which the second makes up for the rounding of the first.
-        offset = offset + step * 2 ** (2 * HALF - 1)
-        first = offset.bfloat16().float()
-        parts, steps, offsets = [codes >> HALF, codes & 15], [step * 2**HALF, step], [first, offset - first]
-    joined = pad(torch.cat(parts, 1), (0, 0, 0, filler)).int()
-    table = torch.stack([torch.cat(steps, 1), torch.cat(offsets, 1)], -1)
+        return Int4Parts(codes, torch.stack([step, offset], -1), size, 1)
+    # In two parts, of which the second makes up for the rounding of the first.
+    offset = offset + step * 2 ** (2 * HALF - 1)
+    first = offset.bfloat16().float()
+    steps, offsets = torch.cat([step * 2**HALF, step], 1), torch.cat([first, offset - first], 1)
+    return Int4Parts(torch.cat([codes >> HALF, codes & 15], 1), torch.stack([steps, offsets], -1), size, 2)
+
+
+def joined(parts: Sequence[Int4Parts], dim: int) -> Int4Parts:
+    """Matrices below (0) or beside (1) each other as one; beside each other, every half is given inputs of its own."""
+    size = min(part.group for part in parts)
+    tables = [part.table.repeat_interleave(part.group // size, 1) for part in parts]
+    codes = torch.cat([part.codes for part in parts], dim)
+    return Int4Parts(codes, torch.cat(tables, dim), size, 1 if dim else parts[0].halves)
+
+
+def int4_matrix(parts: Int4Parts) -> Int4Matrix:
+    """Bring a matrix into the kernel's layout."""
+    rows = parts.codes.shape[0]
+    filler = -rows % ROWS
     return Int4Matrix(
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(joined, 1),
-        pad(table.transpose(0, 1), (0, 0, 0, filler)).bfloat16().contiguous(),
-        size,
+        torch.ops.aten._convert_weight_to_int4pack_for_cpu(pad(parts.codes, (0, 0, 0, filler)).int(), 1),
+        pad(parts.table.transpose(0, 1), (0, 0, 0, filler)).bfloat16().contiguous(),
+        parts.group,
         rows,
-        halves(bits),
+        parts.halves,
     )
 
 

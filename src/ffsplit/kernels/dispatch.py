@@ -67,16 +67,26 @@ def cpu_int8_takes(x: Tensor, codes: Tensor) -> bool:
     return x.device.type == "cpu" and cpu_int8.fits(shape)
 
 
+def is_traced() -> bool:
+    """Whether this call is being compiled, exported or traced, so that no size may be looked at."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def takes_kernels(x: Tensor, sources: Sequence[Tensor | None]) -> bool:
     """Whether this call may run a kernel without gradient, from a cache: eager, not traced, nothing differentiated."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or _reference_only.get() or not x.numel():
+    if is_traced() or _reference_only.get() or not x.numel():
         return False
     if type(x) not in (Tensor, nn.Parameter):  # fake tensors, functional ones, other subclasses
         return False
-    present = [source for source in sources if source is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *present)):
+    differentiating = torch.is_grad_enabled()
+    if differentiating and x.requires_grad:
         return False
-    return not any(source.is_inference() or source.device != x.device for source in present)
+    for source in sources:  # a loop, for it is run at every forward
+        if source is not None and (
+            source.is_inference() or source.device != x.device or (differentiating and source.requires_grad)
+        ):
+            return False
+    return True
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.cpu import product_dtype
-from ffsplit.kernels.cpu_int4 import Int4Matrix, int4_linear, int4_matrix
+from ffsplit.kernels.cpu_int4 import Int4Parts, int4_linear, int4_matrix, int4_parts
 from ffsplit.kernels.dispatch import Path, as_autocast, packed_path
 from ffsplit.ops.packing import unpack
 from ffsplit.ops.rounding import scale_unit
@@ -112,7 +112,7 @@ class PackedTensors:
             input_scale=self.input_scale,
         )
 
-    def int4(self) -> Int4Matrix:
+    def int4(self) -> Int4Parts:
         """For torch's int4 kernel, without the factors of the inputs."""
         scale = decoded_scale(self.scale_bits, self.row_scale).float()
         if self.packed_zero is None:
@@ -120,7 +120,7 @@ class PackedTensors:
         else:
             zero = unpack(self.packed_zero, self.bits, scale.numel()).view_as(scale).float()
         codes = unpack(self.packed, self.bits, self.columns)
-        return int4_matrix(codes, scale, zero, bits=self.bits, group=self.group)
+        return int4_parts(codes, scale, zero, bits=self.bits, group=self.group)
 
 
 def packed_linear(
@@ -139,7 +139,7 @@ def packed_linear(
     if path is Path.CPU_INT4:
         if matrix.input_scale is not None:
             inputs = (inputs.float() * matrix.input_scale.view(torch.float16).float()).to(inputs.dtype)
-        return int4_linear(inputs, cache.get(path, matrix.sources, matrix.int4))
+        return int4_linear(inputs, cache.get(path, matrix.sources, lambda: int4_matrix(matrix.int4())))
     # Autocast would cast the decoded matrix at every forward.
     dtype = inputs.dtype if torch.is_autocast_enabled(x.device.type) else product_dtype(inputs.dtype)
     return linear(inputs.to(dtype), _kept_dense(matrix, dtype, cache)).to(inputs.dtype)

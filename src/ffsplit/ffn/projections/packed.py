@@ -131,7 +131,8 @@ class Packed(Projection):
             torch.empty(columns, dtype=torch.int16, device=device) if spec.input_scale else None,
         )
 
-    def _stored(self) -> PackedTensors:
+    def stored(self) -> PackedTensors:
+        """The tensors as its kernels take them."""
         spec = self.spec
         return PackedTensors(
             self.codes,
@@ -145,7 +146,7 @@ class Packed(Projection):
         )
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
-        return self._stored().dense(dtype or torch.float32)
+        return self.stored().dense(dtype or torch.float32)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return packed_linear(x, self._stored(), self.derived)
+        return packed_linear(x, self.stored(), self.derived)

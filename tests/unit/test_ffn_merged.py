@@ -1,0 +1,156 @@
+"""Sums in merged products: the same numbers as branch by branch, and only where they may be."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
+from ffsplit.ffn.sum import Branch, SumFFN
+from ffsplit.kernels import cpu_int4
+from ffsplit.kernels.dispatch import reference_only
+from ffsplit.ops.rounding import round_to_nearest
+
+D_MODEL, NEURONS = 256, 128
+ROUNDED = 2e-2
+"""Of the output's norm: an FFN of bfloat16 products."""
+
+
+def matrix(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns) / columns**0.5
+
+
+def stored(kind: str, rows: int, columns: int) -> Projection:
+    if kind == "dense":
+        return Dense(matrix(rows, columns))
+    if kind == "low_rank":
+        return LowRank(matrix(rows, 24), matrix(24, columns))
+    bits = int(kind)
+    codes, grid = round_to_nearest(matrix(rows, columns), bits, 64)
+    return Packed.from_codes(codes, grid, bits=bits, group=64)
+
+
+def ffn(*kinds: str, gated: bool = True, bias: bool = True) -> SumFFN:
+    torch.manual_seed(len(kinds))
+
+    def branch(kind: str, neurons: int) -> Branch:
+        up, down = stored(kind, neurons, D_MODEL), stored(kind, D_MODEL, neurons)
+        biases = (torch.randn(neurons), torch.randn(neurons) if gated else None) if bias else (None, None)
+        return Branch(nn.SiLU(), up, down, stored(kind, neurons, D_MODEL) if gated else None, *biases)
+
+    return SumFFN(
+        D_MODEL, [branch(kind, NEURONS * (1 + 2 * i)) for i, kind in enumerate(kinds)], bias=torch.randn(D_MODEL)
+    )
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def exact(module: SumFFN, x: Tensor) -> Tensor:
+    with reference_only():
+        return copy.deepcopy(module).double()(x.double())
+
+
+MERGED = [
+    ("4",),
+    ("4", "4"),
+    ("8", "4"),
+    ("8", "3", "2"),
+    ("dense", "low_rank"),
+    ("dense", "4"),
+    ("low_rank", "8", "3"),
+]
+needs_int4 = pytest.mark.skipif(not cpu_int4.AVAILABLE, reason="torch has no vectorised int4 kernel on this CPU")
+
+
+@needs_int4
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kinds", MERGED, ids="+".join)
+@torch.no_grad()
+def test_few_tokens_in_bfloat16_are_merged(kinds: tuple[str, ...], gated: bool) -> None:
+    module = ffn(*kinds, gated=gated).bfloat16()
+    for shape in ((1, D_MODEL), (2, 1, D_MODEL), (D_MODEL,)):
+        x = torch.randn(shape).bfloat16()
+        found = module(x)
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        assert error(found, exact(module, x)) < ROUNDED
+    assert not module.derived.is_empty
+    assert all(branch.down.derived.is_empty for branch in module._branches()), "packed matrices are kept twice"
+
+
+@needs_int4
+@torch.no_grad()
+def test_what_cannot_or_need_not_be_merged_is_not() -> None:
+    few, many = torch.randn(2, D_MODEL), torch.randn(60, D_MODEL)
+    for module, x in (
+        (ffn("dense", "low_rank"), few),
+        (ffn("8", "4"), few),  # 8 bits in float32
+        (ffn("dense").bfloat16(), few.bfloat16()),
+        (ffn("4", "4"), many),
+        (ffn("4", "4"), few[:0]),
+    ):
+        wanted = exact(module, x)
+        torch.testing.assert_close(module(x).double(), wanted, rtol=5e-2, atol=5e-2)
+        assert module.derived.is_empty or next(iter(module.derived._made.values())) is None
+    module = ffn("4", "4")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert error(module(few), exact(module, few)) < ROUNDED
+    assert module.derived.is_empty
+
+
+def test_gradients_reach_biases_weights_and_inputs() -> None:
+    for kinds in (("8", "4"), ("dense", "low_rank")):
+        module = ffn(*kinds).bfloat16()
+        x = torch.randn(2, D_MODEL).bfloat16().requires_grad_(True)
+        module(x).float().square().sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+        assert x.grad is not None
+        assert module.derived.is_empty
+        x = x.detach()
+        module.zero_grad()
+        module(x).float().square().sum().backward()  # inputs without gradient, biases with
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@needs_int4
+@pytest.mark.parametrize("kinds", [("8", "4"), ("dense", "low_rank")], ids="+".join)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.load_state_dict({n: t.flip(0) for n, t in module.state_dict().items()}),
+        lambda module: module.load_state_dict({n: t.flip(0) for n, t in module.state_dict().items()}, assign=True),
+        lambda module: [tensor.copy_(tensor.flip(0)) for tensor in (*module.parameters(), *module.buffers())],
+        lambda module: setattr(module.branches[0], "up", module.branches[0].gate),
+    ],
+)
+@torch.no_grad()
+def test_merged_matrices_follow_the_stored_ones(kinds: tuple[str, ...], change: Any) -> None:
+    module = ffn(*kinds).bfloat16()
+    x = torch.randn(2, D_MODEL).bfloat16()
+    before = module(x)
+    names = set(module.state_dict())
+    assert names == set(ffn(*kinds).state_dict())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.derived.is_empty
+        assert torch.equal(other(x), before)
+    change(module)
+    found = module(x)
+    assert error(found, exact(module, x)) < ROUNDED
+    assert error(found, before.double()) > 0.1
+    module.float()
+    assert module.derived.is_empty
+
+
+@torch.no_grad()
+def test_export_with_any_number_of_tokens_sees_the_branches() -> None:
+    module = ffn("4", "4")
+    x = torch.randn(3, D_MODEL)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=1)},))
+    more = torch.randn(70, D_MODEL)
+    torch.testing.assert_close(program.module()(more).double(), exact(module, more), rtol=1e-3, atol=1e-3)
