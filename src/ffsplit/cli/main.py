@@ -16,6 +16,7 @@ from ffsplit.cli.decompress import decompress
 from ffsplit.cli.demo import demo
 from ffsplit.cli.eval import evaluate
 from ffsplit.cli.export import export
+from ffsplit.cli.glue import glue
 from ffsplit.cli.guard import GuardedGroup
 from ffsplit.cli.inspect import inspect
 from ffsplit.cli.methods import methods
@@ -33,6 +34,7 @@ app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("bench")(bench)
+app.command("glue")(glue)
 app.command("methods")(methods)
 app.command("decompress")(decompress)
 app.command("slice")(slice_)

@@ -100,7 +100,7 @@ class Source:
             raise
         except Exception as error:  # the readers of each weight format have errors of their own
             raise ModelError(f"{self.name}: transformers could not load the weights: {error}") from error
-        _refuse_missing(self.name, model, info.get("missing_keys", ()))
+        refuse_missing(self.name, model, info.get("missing_keys", ()))
         if self.gguf_file is not None:
             # The weights are plain tensors now; the marks of the file's format would make every tool treat the model
             # as quantised.
@@ -164,7 +164,7 @@ def _named(error: Exception) -> str:
     return words if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {words}"
 
 
-def _refuse_missing(name: str, model: PreTrainedModel, missing: Any) -> None:
+def refuse_missing(name: str, model: PreTrainedModel, missing: Any) -> None:
     """Weights that no file provides were filled with random numbers; only a head may be (it is not ours to change)."""
     # A bare model is its own body, and its weights have no prefix.
     body = "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -1,0 +1,301 @@
+"""The paper's own experiment: encoders on GLUE-style tasks with most of their FFN parameters removed.
+
+Every row: fine-tune the dense encoder; compress its FFNs on the task's training text; fine-tune what is left; measure
+on the part that nothing was chosen on. Rows that the results file has already are skipped, so a run that was cut off
+goes on when it is repeated. The order is that of importance.
+
+    python benchmarks/glue.py [--device cuda] [--only PATTERN] [--seconds 330] [--out glue-gpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import ffsplit
+from _common import RESULTS, data_folder, minilm, mpnet_folder, sentence_encoder_check, write_result
+from ffsplit.families import find_ffns
+from ffsplit.pipeline.load import open_source
+from ffsplit.provenance import provenance
+from ffsplit.tasks.classifier import calibration_batches, load_classifier
+from ffsplit.tasks.encode import Encoded, encode
+from ffsplit.tasks.examples import TaskData, read_task
+from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores
+from ffsplit.tasks.parts import find_parts
+from ffsplit.tasks.task import task_of
+
+ENCODERS = {"minilm": ("all-MiniLM-L6-v2", minilm), "mpnet": ("all-mpnet-base-v2", mpnet_folder)}
+# Peak learning rate of the fine-tuning, dense and compressed alike.
+LEARNING_RATES = {"minilm": 1e-4, "mpnet": 5e-5}
+FOLDERS = {"stsb": "stsb", "sst2": "sst2", "agnews": "agnews"}
+COLUMNS = {"agnews": "0,1"}
+TRAIN_LIMIT = {"sst2": 20_000}
+EPOCHS = {"stsb": 4.0, "sst2": 2.0, "agnews": 1.0}
+BATCH, SEQ_LEN, CALIBRATION = 64, 128, 2048
+SEEDS = (0, 1, 2)
+SWEEP = (0.0, 0.01, 0.03, 0.05, 0.1, 0.25)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an encoder is compressed and trained again."""
+
+    recipe: dict[str, Any] | None
+    distill: bool = False
+
+
+def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
+    return {"method": {"method": name, **fields}, "drift": drift}
+
+
+def split(heavy: float, **fields: Any) -> dict[str, Any]:
+    """FFSplit as published: heavy neurons dense, the rest by plain SVD, nothing refitted."""
+    return method("ffsplit", rest="svd", heavy=heavy, refit=False, **{"score": "output_norm", **fields})
+
+
+WAYS: dict[str, Way] = {
+    "dense": Way(None),
+    "svd": Way(method("svd")),
+    "ffsplit": Way(split(0.1)),
+    "whitened-svd": Way(method("whitened-svd")),
+    "prune": Way(method("prune")),
+    "prune-bias": Way(method("prune", compensate="mean")),
+    "ffsplit-linear": Way(method("ffsplit")),
+    "best": Way(method("prune", drift=0.5), distill=True),
+    "best-linear": Way(method("ffsplit", drift=0.5), distill=True),
+    "svd-distilled": Way(method("svd"), distill=True),
+    **{f"heavy-{heavy:g}": Way(split(heavy)) for heavy in SWEEP if heavy != 0.1},
+    "heavy-random": Way(split(0.1, score="random")),
+}
+MAIN = ("svd", "ffsplit", "best")
+OTHERS = ("prune", "whitened-svd", "ffsplit-linear", "prune-bias", "best-linear", "svd-distilled")
+SWEPT = tuple(name for name in WAYS if name.startswith("heavy-"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of the table, for one seed."""
+
+    encoder: str
+    task: str
+    budget: str
+    way: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.encoder} {self.task} {self.budget} {self.way} seed {self.seed}"
+
+
+def rows() -> Iterator[Row]:
+    """All rows, the most important first; a dense row comes before what is compressed from it."""
+
+    def block(encoder: str, task: str, budget: str, ways: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[Row]:
+        for seed in seeds:
+            for way in ways:
+                yield Row(encoder, task, budget, way, seed)
+
+    for encoder in ("mpnet", "minilm"):
+        for seed in SEEDS:
+            yield Row(encoder, "stsb", "dense", "dense", seed)
+            yield from block(encoder, "stsb", "43.1", MAIN, (seed,))
+    for encoder in ("mpnet", "minilm"):
+        yield from block(encoder, "stsb", "70", MAIN, SEEDS)
+    for encoder in ("mpnet", "minilm"):
+        for seed in SEEDS:
+            yield Row(encoder, "sst2", "dense", "dense", seed)
+            yield from block(encoder, "sst2", "43.1", MAIN, (seed,))
+    for encoder in ("minilm", "mpnet"):
+        yield from block(encoder, "stsb", "43.1", OTHERS[:3], SEEDS)
+        yield from block(encoder, "stsb", "43.1", SWEPT, SEEDS[:1])
+    for encoder in ("mpnet", "minilm"):
+        yield from block(encoder, "sst2", "70", MAIN, SEEDS)
+        yield from block(encoder, "stsb", "43.1", OTHERS[3:], SEEDS)
+        yield from block(encoder, "stsb", "43.1", SWEPT, SEEDS[1:])
+    for encoder in ("minilm", "mpnet"):
+        for seed in SEEDS:
+            yield Row(encoder, "agnews", "dense", "dense", seed)
+            yield from block(encoder, "agnews", "43.1", MAIN, (seed,))
+
+
+def keep_of(model: PreTrainedModel, encoder: str, budget: str) -> float:
+    """The share of FFN parameters that a budget leaves.
+
+    43.1 means that share of MPNet's encoder (its 12 layers, without embeddings and head), taken from the FFNs alone; of
+    MiniLM's FFNs. 70 is a share of the FFN parameters of either.
+    """
+    share = float(budget) / 100
+    if encoder == "mpnet" and budget == "43.1":
+        layers = sum(parameter.numel() for parameter in model.base_model.encoder.parameters())
+        sites = find_ffns(model).sites
+        ffn = sum(
+            parameter.numel() for site in sites for path in (site.up, site.down)
+            for parameter in model.get_submodule(path).parameters()
+        )  # fmt: skip
+        share = share * layers / ffn
+    return 1 - share
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of everything; smaller than the defaults only to try the script out."""
+
+    train: int | None = None
+    epochs: float | None = None
+    calibration: int = CALIBRATION
+    evaluate: int | None = None
+    precision: str = "float32"
+
+
+class Bench:
+    """Data and fine-tuned dense models, each made once."""
+
+    def __init__(self, device: torch.device, limits: Limits) -> None:
+        self.device, self.limits = device, limits
+        self.task_data = lru_cache(maxsize=None)(self._task_data)
+        self.encoded = lru_cache(maxsize=4)(self._encoded)
+        self.dense = lru_cache(maxsize=8)(self._dense)
+
+    def _task_data(self, task: str) -> TaskData:
+        wanted = task_of(task, COLUMNS.get(task))
+        limit = TRAIN_LIMIT.get(task) if self.limits.train is None else self.limits.train
+        return read_task(wanted, find_parts(wanted, str(data_folder() / FOLDERS[task])), limit)
+
+    def _encoded(self, encoder: str, task: str) -> dict[str, Encoded]:
+        data, tokenizer = self.task_data(task), open_source(str(ENCODERS[encoder][1]())).tokenizer()
+        few = np.arange(self.limits.evaluate) if self.limits.evaluate else None
+        parts = {"train": data.train, "select": data.select, "report": data.report}
+        if few is not None:
+            parts |= {
+                name: parts[name].take(few, f"{parts[name].name}, first {len(few)}") for name in ("select", "report")
+            }
+        return {name: encode(part, tokenizer, SEQ_LEN).to(self.device) for name, part in parts.items()}
+
+    def settings(self, encoder: str, task: str, seed: int) -> TuneSettings:
+        return TuneSettings(
+            epochs=self.limits.epochs or EPOCHS[task],
+            lr=LEARNING_RATES[encoder],
+            batch_size=BATCH,
+            seed=seed,
+            distill=0.5,
+            hidden=1.0,
+            precision=self.limits.precision,  # type: ignore[arg-type]
+        )
+
+    def _dense(self, encoder: str, task: str, seed: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+        data, parts = self.task_data(task), self.encoded(encoder, task)
+        model = load_classifier(open_source(str(ENCODERS[encoder][1]())), data, seed).to(self.device)
+        trained = fine_tune(model, data.task, parts["train"], parts["select"], self.settings(encoder, task, seed))
+        return model, {"training": asdict(trained), "scores": scores(model, data.task, parts["report"])}
+
+    def run(self, row: Row) -> dict[str, Any]:
+        started = time.perf_counter()
+        dense, facts = self.dense(row.encoder, row.task, row.seed)
+        way = WAYS[row.way]
+        if way.recipe is not None:
+            facts = self._compressed(row, way, dense)
+        return {**asdict(row), "name": row.name, **facts, "seconds": round(time.perf_counter() - started, 1)}
+
+    def _compressed(self, row: Row, way: Way, dense: PreTrainedModel) -> dict[str, Any]:
+        data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
+        assert way.recipe is not None
+        keep = keep_of(dense, row.encoder, row.budget)
+        recipe = {**way.recipe, "method": {**way.recipe["method"], "keep": keep}}
+        text = calibration_batches(parts["train"], self.limits.calibration)
+        started = time.perf_counter()
+        result = ffsplit.compress(
+            copy.deepcopy(dense), recipe=recipe, calibration=text, device=self.device, seed=row.seed
+        )
+        fitted = time.perf_counter() - started
+        model = result.model
+        before = scores(model, data.task, parts["report"])
+        settings = self.settings(row.encoder, row.task, row.seed)
+        teacher = dense if way.distill else None
+        trained = fine_tune(model, data.task, parts["train"], parts["select"], settings, teacher=teacher)
+        return {
+            "recipe": recipe,
+            "keep_ffn": result.plan.keep,
+            "keep_model": result.report["budget"]["keep_model"],
+            "distilled": way.distill,
+            "scores_before_training": before,
+            "training": asdict(trained),
+            "scores": scores(model, data.task, parts["report"]),
+            "seconds_compression": round(fitted, 1),
+        }
+
+
+def protocol(bench: Bench) -> dict[str, Any]:
+    return {
+        "fine-tuning": {
+            "epochs": EPOCHS, "batch_size": BATCH, "lr": LEARNING_RATES, "seq_len": SEQ_LEN, **asdict(bench.limits),
+            "optimizer": "AdamW, weight decay 0.01 on matrices, 10 % warm-up, linear decay, clipped at norm 1",
+            "best": "the epoch that scores best on the part that is selected on",
+        },
+        "distillation": "0.5 labels + 0.5 outputs of the fine-tuned dense model + 1.0 hidden states of all layers",
+        "calibration": f"{bench.limits.calibration} training examples, drawn once",
+        "train_limit": TRAIN_LIMIT,
+        "weights": "rounded to float16 on the way to the GPU machine" if bench.device.type != "cpu" else "as published",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
+    parser.add_argument("--out", default="glue-cpu", help="name of the results file")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--precision", default="float32", choices=("float32", "tf32", "bfloat16"))
+    parser.add_argument("--limit", type=int, help="train on so many examples")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--calibration", type=int, default=CALIBRATION)
+    parser.add_argument("--evaluate", type=int, help="select and report on so many examples (to try the script out)")
+    parser.add_argument("--no-check", action="store_true", help="skip the check of the encoders' embeddings")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+    device = torch.device(options.device)
+    bench = Bench(
+        device, Limits(options.limit, options.epochs, options.calibration, options.evaluate, options.precision)
+    )
+    file = options.folder / f"{options.out}.json"
+    document = json.loads(file.read_text()) if file.is_file() else {"benchmark": "glue", "checks": {}, "rows": []}
+    document |= {"protocol": protocol(bench), "data": document.get("data", {})}
+    done = {row["name"] for row in document["rows"]}
+    wanted = [row for row in dict.fromkeys(rows()) if re.search(options.only, row.name) and row.name not in done]
+    for encoder in () if options.no_check else dict.fromkeys(row.encoder for row in wanted):
+        if encoder not in document["checks"]:
+            title, folder = ENCODERS[encoder]
+            document["checks"][encoder] = {"model": title, **sentence_encoder_check(folder(), device)}
+            print(encoder, document["checks"][encoder], flush=True)
+    for row in wanted:
+        if time.perf_counter() - started > options.seconds:
+            print("out of time; repeat to go on", flush=True)
+            break
+        result = bench.run(row)
+        document["rows"].append(result)
+        document["data"][row.task] = bench.task_data(row.task).describe()
+        document["provenance"] = provenance(seed=row.seed)
+        write_result(options.out, document, options.folder)
+        told = ", ".join(f"{name} {value:.2f}" for name, value in result["scores"].items())
+        print(
+            f"{row.name:44s} {told} in {result['seconds']:.1f} s, at {time.perf_counter() - started:.0f} s", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

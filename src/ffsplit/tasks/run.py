@@ -1,0 +1,254 @@
+"""``ffsplit glue``: fine-tune, compress, fine-tune what is left, and measure, for one or more seeds.
+
+Every phase ends in a checkpoint that appears whole or not at all, and its scores in a file beside it. A repeated call
+goes on after the last of them, and inside a phase where it was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from ffsplit.checkpoint.reload import reload_and_compare
+from ffsplit.checkpoint.save import PLAN_FILE, RECIPE_FILE, REPORT_FILE, publish, save, staging_for
+from ffsplit.errors import ResumeError
+from ffsplit.evaluate.size import size_of
+from ffsplit.families import find_ffns
+from ffsplit.pipeline.compress import check_plan, compress, refuse_compressed, shapes_of
+from ffsplit.pipeline.load import Source
+from ffsplit.pipeline.recipe import Recipe
+from ffsplit.plain import plain
+from ffsplit.provenance import provenance
+from ffsplit.tasks.classifier import calibration_batches, load_classifier
+from ffsplit.tasks.encode import Encoded, encode
+from ffsplit.tasks.examples import TaskData
+from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores
+from ffsplit.train.loop import Hooks
+
+Progress = Callable[[str, int, int], None]
+Phase = Literal["dense", "compressed", "recovered"]
+PHASES: tuple[Phase, ...] = ("dense", "compressed", "recovered")
+RUN_FILE = "ffsplit_glue.json"
+
+
+@dataclass(frozen=True)
+class GlueJob:
+    """One call of ``ffsplit glue``.
+
+    Attributes:
+        source: the dense encoder.
+        data: of the task.
+        recipe: what is done to the FFNs, calibrated on the task's training texts.
+        dense: how the dense encoder is fine-tuned.
+        recovery: how the compressed one is, with the dense one as its teacher if ``distill`` or ``hidden`` is above 0.
+        out: directory of everything that is written.
+        seeds: of the heads, the orders of the examples and dropout.
+        device: to train and fit on.
+        seq_len: tokens per example at most.
+        calibration: training examples that the fits look at.
+        progress: called with (what, done, total).
+    """
+
+    source: Source
+    data: TaskData
+    recipe: Recipe
+    dense: TuneSettings
+    recovery: TuneSettings
+    out: Path
+    seeds: tuple[int, ...]
+    device: torch.device
+    seq_len: int = 128
+    calibration: int = 2048
+    progress: Progress | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run and its continuation must share; further seeds may be added."""
+        shown: dict[str, Any] = plain(
+            {
+                "model": self.source.name,
+                "task": self.data.task.name,
+                "data": self.data.describe(),
+                "recipe": self.recipe.model_dump(mode="json"),
+                "dense": asdict(replace(self.dense, seed=0)),
+                "recovery": asdict(replace(self.recovery, seed=0)),
+                "seq_len": self.seq_len,
+                "calibration": self.calibration,
+            }
+        )
+        return shown
+
+
+def run_glue(job: GlueJob) -> dict[str, Any]:
+    """Do whatever is not done yet; the report, as plain values, is also written to ``ffsplit_glue.json``.
+
+    Returns:
+        per phase the task's metrics times 100: every seed's, their mean, and their standard deviation.
+
+    Raises:
+        ResumeError: the directory holds the phases of another run.
+        FFSplitError: the model, the recipe or the data do not fit; before anything is trained.
+    """
+    _check_model(job)
+    claim(job.out, job.identity())
+    tokenizer = job.source.tokenizer()
+    parts = {"train": job.data.train, "select": job.data.select, "report": job.data.report}
+    encoded = {name: encode(part, tokenizer, job.seq_len).to(job.device) for name, part in parts.items()}
+    results = {seed: _Seed(job, seed, encoded, tokenizer).run() for seed in job.seeds}
+    report = {
+        **job.identity(),
+        "seeds": {str(seed): result for seed, result in results.items()},
+        "summary": {phase: summary([result[phase]["scores"] for result in results.values()]) for phase in PHASES},
+        "provenance": provenance(seed=job.seeds[0]),
+    }
+    (job.out / RUN_FILE).write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def claim(out: Path, identity: dict[str, Any]) -> None:
+    """Take a directory for a run, or go on with the same one in it.
+
+    Raises:
+        ResumeError: it holds another run; the message names the first setting that differs.
+    """
+    file = out / RUN_FILE
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in identity.items():
+            if stored.get(name) != value:
+                raise ResumeError(
+                    f"{out}: holds a run with another {name}: {json.dumps(stored.get(name))[:200]}; choose "
+                    "another --out"
+                )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation (None of one seed) of every metric."""
+    columns = {name: [result[name] for result in results] for name in results[0]}
+    return {
+        name: {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None}
+        for name, values in columns.items()
+    }
+
+
+def _check_model(job: GlueJob) -> None:
+    """Refuse what cannot work before anything is trained."""
+    refuse_compressed(job.source.config, job.source.name)
+    skeleton = job.source.skeleton()
+    found = find_ffns(skeleton)
+    check_plan(found, shapes_of(skeleton, found), job.recipe)
+
+
+@dataclass
+class _Seed:
+    """All phases of one seed."""
+
+    job: GlueJob
+    seed: int
+    encoded: dict[str, Encoded]
+    tokenizer: Any
+
+    @property
+    def folder(self) -> Path:
+        return self.job.out / f"seed-{self.seed}"
+
+    def run(self) -> dict[str, Any]:
+        return {
+            "dense": self._phase("dense", self._make_dense),
+            "compressed": self._phase("compressed", self._make_compressed),
+            "recovered": self._phase("recovered", self._make_recovered),
+        }
+
+    def _phase(self, phase: Phase, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """The phase's record; what is there already is not made again."""
+        target, note = self.folder / phase, self.folder / f"{phase}.json"
+        if target.is_dir() and note.is_file():
+            stored: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+            return stored
+        facts = {} if target.is_dir() else make(target)
+        model = self._load(phase)
+        facts |= {
+            "scores": scores(model, self.job.data.task, self.encoded["report"]),
+            "parameters": size_of(model).parameters,
+        }
+        work = note.with_suffix(".partial")
+        work.write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        work.replace(note)
+        return facts
+
+    def _load(self, phase: Phase) -> PreTrainedModel:
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder / phase, dtype=torch.float32)
+        return model.to(self.job.device).eval()  # type: ignore[no-any-return]
+
+    def _make_dense(self, target: Path) -> dict[str, Any]:
+        model = load_classifier(self.job.source, self.job.data, self.seed).to(self.job.device)
+        facts = self._tune("dense", model, self.job.dense, None)
+        self._write(model, target, None)
+        return facts
+
+    def _make_compressed(self, target: Path) -> dict[str, Any]:
+        job = self.job
+        journal = self.folder / "compressed.ffsplit-journal"
+        result = compress(
+            self._load("dense"),
+            self.tokenizer,
+            recipe=job.recipe,
+            calibration=calibration_batches(self.encoded["train"], job.calibration),
+            device=job.device,
+            seed=self.seed,
+            journal=journal,
+            progress=job.progress,
+        )
+        save(result, target)
+        shutil.rmtree(journal, ignore_errors=True)
+        return {"budget": result.report["budget"]}
+
+    def _make_recovered(self, target: Path) -> dict[str, Any]:
+        model, settings = self._load("compressed"), self.job.recovery
+        taught = settings.distill > 0 or settings.hidden > 0
+        facts = self._tune("recovered", model, settings, self._load("dense") if taught else None)
+        self._write(model, target, self.folder / "compressed")
+        return facts
+
+    def _tune(
+        self, phase: Phase, model: PreTrainedModel, settings: TuneSettings, teacher: PreTrainedModel | None
+    ) -> dict[str, Any]:
+        identity = hashlib.sha256(json.dumps(self.job.identity(), sort_keys=True).encode()).hexdigest()
+        hooks = Hooks(
+            progress=self.job.progress,
+            label=f"seed {self.seed} {phase}",
+            state=self.folder / f"{phase}.state.safetensors",
+            identity=f"{identity} {self.seed} {phase}",
+        )
+        trained = fine_tune(
+            model,
+            self.job.data.task,
+            self.encoded["train"],
+            self.encoded["select"],
+            replace(settings, seed=self.seed),
+            teacher=teacher,
+            hooks=hooks,
+        )
+        return {"training": asdict(trained)}
+
+    def _write(self, model: PreTrainedModel, target: Path, compressed: Path | None) -> None:
+        """A checkpoint with the structure files of the one that it was trained from."""
+        with staging_for(target) as staging:
+            model.save_pretrained(staging)
+            self.tokenizer.save_pretrained(staging)
+            for name in (PLAN_FILE, RECIPE_FILE, REPORT_FILE):
+                if compressed is not None and (compressed / name).is_file():
+                    shutil.copy(compressed / name, staging / name)
+            reload_and_compare(model, staging)
+            publish(staging, target)
