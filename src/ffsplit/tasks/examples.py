@@ -173,8 +173,8 @@ def _examples(
 
 def _hold_out(train: Examples) -> tuple[Examples, Examples]:
     """A tenth of the training part, at most 2,000 examples, to select on."""
-    count = min(round(HELD_OUT * len(train)), MOST_HELD_OUT)
-    if count < 2:
+    count = min(max(round(HELD_OUT * len(train)), 2), MOST_HELD_OUT)
+    if len(train) < 2 * count:
         raise DataError(f"{train.name}: {len(train)} examples are too few to hold out some to select on")
     order = _shuffled(len(train))
     left, held = np.sort(order[count:]), np.sort(order[:count])

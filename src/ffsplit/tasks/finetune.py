@@ -23,6 +23,7 @@ from ffsplit.train.loop import Hooks, Precision, TrainSettings, autocast, precis
 from ffsplit.train.state import Standing
 
 EVALUATION_BATCH = 128
+SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def fine_tune(
         seed=settings.seed,
         precision=settings.precision,
         evaluate_every=max(epochs.steps // settings.evaluations, 1),
+        save_seconds=SAVE_SECONDS,
     )
     return train(model, lambda step: data.batch(epochs.rows(step)), loss, plan, hooks)
 

@@ -201,7 +201,7 @@ class _Seed:
         job = self.job
         journal = self.folder / "compressed.ffsplit-journal"
         result = compress(
-            self._load("dense"),
+            self._load("dense").cpu(),
             self.tokenizer,
             recipe=job.recipe,
             calibration=calibration_batches(self.encoded["train"], job.calibration),

@@ -1,14 +1,14 @@
-"""One training loop: AdamW, linear warm-up and decay, the best weights kept, restartable at any step.
+"""One training loop: AdamW, warm-up and decay, the best weights kept, restartable at any step.
 
 A step depends on its number and the seed alone (the batch, and the random numbers of dropout), so that a run that was
-interrupted and one that was not end at the same weights.
+interrupted and one that was not end at the same weights. A budget in minutes is the exception: it follows the clock.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from ffsplit.train.state import Standing, Tensors, load_weights, read_state, tra
 
 Progress = Callable[[str, int, int], None]
 Precision = Literal["float32", "tf32", "bfloat16"]
+Decay = Literal["linear", "cosine"]
 B = TypeVar("B")
 _LARGEST_SEED = 2**31
 
@@ -40,7 +41,14 @@ class TrainSettings:
         precision: ``float32``; ``tf32``, float32 with products in TensorFloat-32 where the device has it; or
             ``bfloat16`` under autocast, weights in float32.
         evaluate_every: steps between two evaluations; the last step always ends with one.
+        evaluate_share: evaluate whenever another such share of the steps, or of the minutes, is used up; 0 does not.
         save_seconds: at least this long between two states on disk.
+        decay: how the learning rate falls: ``linear`` to zero, or ``cosine`` to ``floor``.
+        floor: share of the peak learning rate at which the cosine ends.
+        accumulate: batches whose gradients are averaged before a step.
+        minutes: stop after so long; warm-up and decay then follow the clock where that is ahead of the steps.
+        patience: stop after so many evaluations in a row without a better score; 0 never does.
+        dropout: whether the model drops out at random while it trains.
     """
 
     steps: int
@@ -51,13 +59,25 @@ class TrainSettings:
     seed: int = 0
     precision: Precision = "float32"
     evaluate_every: int = 0
+    evaluate_share: float = 0.0
     save_seconds: float = 30.0
+    decay: Decay = "linear"
+    floor: float = 0.0
+    accumulate: int = 1
+    minutes: float | None = None
+    patience: int = 0
+    dropout: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.lr < 1 or not 0 <= self.warmup <= 1:
             raise RecipeError(
                 f"training: steps={self.steps} must be at least 1, lr={self.lr} in (0, 1), "
                 f"warmup={self.warmup} in [0, 1]"
+            )
+        if self.accumulate < 1 or self.patience < 0 or (self.minutes is not None and not self.minutes > 0):
+            raise RecipeError(
+                f"training: accumulate={self.accumulate} must be at least 1, patience={self.patience} not negative, "
+                f"minutes={self.minutes} above 0"
             )
 
 
@@ -67,17 +87,25 @@ class Hooks:
 
     Attributes:
         score: of the model as it stands, larger is better; None keeps the last weights.
+        score_start: whether the weights before the first step are a candidate for the best ones.
         progress: called with (label, steps done, steps).
         label: of the progress.
         state: file for the state of a run under way; removed at the end. None keeps none.
         identity: what an interrupted run and its continuation must share.
+        reduce: averages the gradients over processes, when there are several; each trains on batches of its own.
+        writes: whether this process writes the state.
+        clock: seconds.
     """
 
     score: Callable[[], float] | None = None
+    score_start: bool = False
     progress: Progress | None = None
     label: str = "training"
     state: Path | None = None
     identity: str = ""
+    reduce: Callable[[Sequence[nn.Parameter]], None] | None = None
+    writes: bool = True
+    clock: Callable[[], float] = time.monotonic
 
 
 def train(
@@ -91,7 +119,7 @@ def train(
 
     Args:
         model: on any device.
-        batch: what step number n, from 0, trains on.
+        batch: the n-th batch, from 0; a step takes ``settings.accumulate`` of them.
         loss: a scalar of a batch, computed through ``model``.
         settings: how.
         hooks: evaluation, progress and restart.
@@ -105,7 +133,7 @@ def train(
     """
     run = _Run(model, settings, hooks or Hooks())
     with precise(settings.precision):
-        while run.standing.step < settings.steps:
+        while not run.ended:
             run.step(batch, loss)
     return run.finish()
 
@@ -122,7 +150,8 @@ class _Run:
     best: Tensors = field(init=False)
     device: torch.device = field(init=False)
     _losses: list[Tensor] = field(default_factory=list)
-    _saved: float = field(default_factory=time.monotonic)
+    _saved: float = field(init=False)
+    _started: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.optimizer = optimizer_for(self.model, self.settings)
@@ -132,36 +161,74 @@ class _Run:
         if hooks.state is not None:
             found = read_state(hooks.state, hooks.identity, self.model, self.optimizer)
         self.standing, self.best = found or (Standing(), {})
+        if hooks.score_start and found is None:
+            self._evaluate()
+        self._saved = hooks.clock()
+        self._started = self._saved - self.standing.seconds
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, the time is up, or nothing gets better any more."""
+        standing, patience = self.standing, self.settings.patience
+        stale = bool(patience) and standing.stale >= patience
+        return stale or standing.step >= self.settings.steps or self._time_share() >= 1
+
+    def _time_share(self) -> float:
+        minutes = self.settings.minutes
+        return 0.0 if minutes is None else self.standing.seconds / (60 * minutes)
 
     def step(self, batch: Callable[[int], B], loss: Callable[[B], Tensor]) -> None:
         number, settings = self.standing.step, self.settings
         torch.manual_seed((settings.seed * 1_000_003 + number) % _LARGEST_SEED)
-        if not self.model.training:
-            self.model.train()
+        self.model.train(settings.dropout)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * learning_rate(number, settings)
-        with autocast(self.device, settings.precision):
-            value = loss(batch(number))
-        value.backward()  # type: ignore[no-untyped-call]
+            group["lr"] = settings.lr * learning_rate(number, settings, self._time_share())
+        value = self._backward(batch, loss, number)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if self.hooks.reduce is not None:
+            self.hooks.reduce(parameters)
         nn.utils.clip_grad_norm_(parameters, settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._losses.append(value.detach())
+        self._losses.append(value)
         self.standing.step = number + 1
+        self.standing.seconds = self.hooks.clock() - self._started
         self._after_step()
+
+    def _backward(self, batch: Callable[[int], B], loss: Callable[[B], Tensor], number: int) -> Tensor:
+        """Gradients of the mean loss over the step's batches, and that loss."""
+        count = self.settings.accumulate
+        total = torch.zeros((), device=self.device)
+        for part in range(count):
+            with autocast(self.device, self.settings.precision):
+                value = loss(batch(number * count + part)) / count
+            value.backward()  # type: ignore[no-untyped-call]
+            total = total + value.detach().float()
+        return total
 
     def _after_step(self) -> None:
         step, settings, hooks = self.standing.step, self.settings, self.hooks
-        last = step == settings.steps
-        if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
+        last = self.ended
+        due = bool(settings.evaluate_every) and step % settings.evaluate_every == 0
+        if self._share_is_up() or last or due:
             self._evaluate()
+            last = self.ended
         if hooks.progress is not None:
-            hooks.progress(hooks.label, step, settings.steps)
-        if hooks.state is not None and not last and time.monotonic() - self._saved >= settings.save_seconds:
+            hooks.progress(hooks.label, settings.steps if last else step, settings.steps)
+        if hooks.state is not None and not last and hooks.clock() - self._saved >= settings.save_seconds:
             self._note_loss()
-            write_state(hooks.state, hooks.identity, self.model, self.optimizer, self.best, self.standing)
-            self._saved = time.monotonic()
+            if hooks.writes:
+                write_state(hooks.state, hooks.identity, self.model, self.optimizer, self.best, self.standing)
+            self._saved = hooks.clock()
+
+    def _share_is_up(self) -> bool:
+        """Whether another share of the budget was used up since the last evaluation for that reason."""
+        share, standing = self.settings.evaluate_share, self.standing
+        if not share:
+            return False
+        used = int(max(standing.step / self.settings.steps, self._time_share()) / share + 1e-9)
+        up, standing.shares = used > standing.shares, used
+        return up
 
     def _note_loss(self) -> None:
         """Look at the losses now and then only: each look waits for the device."""
@@ -181,14 +248,15 @@ class _Run:
             return
         score, standing = self.hooks.score(), self.standing
         standing.scores.append((standing.step, score))
+        standing.stale += 1
         if standing.best is None or score > standing.best:
-            standing.best, standing.best_step = score, standing.step
+            standing.best, standing.best_step, standing.stale = score, standing.step, 0
             self.best = {name: value.detach().clone() for name, value in trained_parameters(self.model).items()}
 
     def finish(self) -> Standing:
         load_weights(self.model, self.best)
         self.model.eval()
-        if self.hooks.state is not None:
+        if self.hooks.state is not None and self.hooks.writes:
             self.hooks.state.unlink(missing_ok=True)
         return self.standing
 
@@ -203,12 +271,21 @@ def optimizer_for(model: nn.Module, settings: TrainSettings) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Share of the peak learning rate at a step, counted from 0."""
+def learning_rate(step: int, settings: TrainSettings, time_share: float = 0.0) -> float:
+    """Share of the peak learning rate at a step, counted from 0.
+
+    Args:
+        step: of the step.
+        settings: warm-up and decay.
+        time_share: how much of the budget in minutes is used up.
+    """
     rise = round(settings.warmup * settings.steps)
-    if step < rise:
-        return (step + 1) / rise
-    return (settings.steps - step) / max(settings.steps - rise, 1)
+    if step < rise and time_share < settings.warmup:
+        return max((step + 1) / rise, time_share / settings.warmup)
+    done = max((step - rise) / max(settings.steps - rise, 1), (time_share - settings.warmup) / (1 - settings.warmup))
+    if settings.decay == "linear":
+        return max(1 - done, 0.0)
+    return settings.floor + (1 - settings.floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast | nullcontext[None]:

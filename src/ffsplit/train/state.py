@@ -28,6 +28,9 @@ class Standing:
         best_step: after which step that was.
         scores: of every evaluation, as (step, score).
         losses: mean loss since the last entry, as (step, loss).
+        stale: evaluations since the best one.
+        shares: of the budget that were used up at the last look; see ``TrainSettings.evaluate_share``.
+        seconds: of training, over all runs of it.
     """
 
     step: int = 0
@@ -35,6 +38,9 @@ class Standing:
     best_step: int = 0
     scores: list[tuple[int, float]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
+    stale: int = 0
+    shares: int = 0
+    seconds: float = 0.0
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

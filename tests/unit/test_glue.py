@@ -1,0 +1,186 @@
+"""``ffsplit glue`` from data to report, and again after it was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from ffsplit.errors import FFSplitError, ResumeError
+from ffsplit.pipeline.load import open_source
+from ffsplit.pipeline.recipe import load_recipe
+from ffsplit.tasks.classifier import load_classifier
+from ffsplit.tasks.encode import encode
+from ffsplit.tasks.examples import TaskData, read_task
+from ffsplit.tasks.finetune import TuneSettings, fine_tune, predict, scores
+from ffsplit.tasks.parts import find_parts
+from ffsplit.tasks.run import GlueJob, run_glue
+from ffsplit.tasks.task import task_of
+from ffsplit.train.loop import Hooks
+from tests.unit.cli_fixtures import Call, cli, saved  # noqa: F401 - a fixture
+from tests.unit.evaluate_helpers import byte_tokenizer, tiny_bert
+
+TUNE = TuneSettings(epochs=3, lr=3e-3, batch_size=16, hidden=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of As and Bs, whose label is which of the two there is more of."""
+    folder = tmp_path_factory.mktemp("task")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 160), ("dev", 32), ("test", 32)):
+        lines = ["sentence\tlabel"]
+        for _ in range(count):
+            label = int(generator.integers(2))
+            lines.append("".join(generator.permutation(list("ba"[label] * 6 + "ab"[label] * 1))) + f"\t{label}")
+        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_bert("AutoModel"), tmp_path_factory.mktemp("encoder") / "bert")
+
+
+def data_of(folder: Path) -> TaskData:
+    task = task_of("sst2", None)
+    return read_task(task, find_parts(task, str(folder)))
+
+
+def job(folder: Path, encoder: Path, out: Path, method: str = "svd", **changes: object) -> GlueJob:
+    recipe = load_recipe(method, keep=0.6)
+    fields = {"seeds": (0,), "seq_len": 16, "calibration": 64, **changes}
+    return GlueJob(
+        open_source(str(encoder)), data_of(folder), recipe, TUNE, TUNE, out, device=torch.device("cpu"), **fields
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["svd", "prune", "ffsplit"])
+def test_a_run_learns_compresses_and_recovers(folder: Path, encoder: Path, tmp_path: Path, method: str) -> None:
+    report = run_glue(job(folder, encoder, tmp_path / "out", method))
+    phases = report["seeds"]["0"]
+    assert phases["dense"]["scores"]["accuracy"] > 80
+    assert phases["recovered"]["scores"]["accuracy"] > 80
+    assert phases["recovered"]["parameters"] == phases["compressed"]["parameters"] < phases["dense"]["parameters"]
+    assert json.loads((tmp_path / "out" / "ffsplit_glue.json").read_text())["summary"] == report["summary"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "seed-0" / "recovered")
+    assert model.config.num_labels == 2
+    test = encode(data_of(folder).report, byte_tokenizer(), 16)
+    assert scores(model, task_of("sst2", None), test) == phases["recovered"]["scores"]
+
+
+def test_a_killed_run_ends_where_another_one_does(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill_at(label: str, at: int) -> object:
+        def progress(what: str, done: int, total: int) -> None:
+            if what == label and done == at:
+                raise Killed
+
+        return progress
+
+    whole = run_glue(job(folder, encoder, tmp_path / "whole"))
+    for label, at in (("seed 0 dense", 17), ("seed 0 recovered", 17)):
+        with pytest.raises(Killed):
+            run_glue(job(folder, encoder, tmp_path / "killed", progress=kill_at(label, at)))
+    parts = run_glue(job(folder, encoder, tmp_path / "killed"))
+    assert parts["summary"] == whole["summary"]
+    for name in ("dense", "recovered"):
+        first, second = (
+            load_file(tmp_path / run / "seed-0" / name / "model.safetensors") for run in ("whole", "killed")
+        )
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_phase_goes_on_from_its_last_step(
+    folder: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(folder)
+    train, select = (encode(part, byte_tokenizer(), 16) for part in (data.train, data.select))
+    steps: list[int] = []
+
+    def run(stop: int | None) -> torch.Tensor:
+        def progress(what: str, done: int, total: int) -> None:
+            steps.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        model = load_classifier(open_source(str(encoder)), data, 0)
+        hooks = Hooks(progress=progress, state=tmp_path / "state.safetensors", identity="this")
+        fine_tune(model, data.task, train, select, TUNE, hooks=hooks)
+        return torch.from_numpy(predict(model, select))
+
+    straight = run(None)
+    total = len(steps)
+    monkeypatch.setattr("ffsplit.tasks.finetune.SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(21)
+    steps.clear()
+    torch.testing.assert_close(run(None), straight, rtol=0, atol=0)
+    assert steps[0] in (21, 22)
+    assert len(steps) <= total - 20
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_a_directory_of_another_run_is_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    first = job(folder, encoder, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ffsplit_glue.json").write_text(json.dumps({**first.identity(), "seq_len": 12}))
+    with pytest.raises(ResumeError, match="another seq_len: 12"):
+        run_glue(first)
+
+
+def test_weights_of_the_body_must_be_there(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    broken = saved(tiny_bert("AutoModel"), tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("encoder.layer.0.intermediate.dense.weight")
+    from safetensors.torch import save_file
+
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FFSplitError, match="lacks weights"):
+        load_classifier(open_source(str(broken)), data_of(folder), 0)
+
+
+def test_command(cli: Call, folder: Path, encoder: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = ("glue", encoder, "--task", "sst2", "--data", folder, "--out", tmp_path / "out", "--keep", "0.5",
+               "--epochs", "1", "--lr", "3e-3", "--seeds", "0,1", "--samples", "32", "--seq-len", "16")  # fmt: skip
+    outcome = cli(*command)
+    assert outcome.code == 0, outcome.err
+    assert "recovered" in outcome.out
+    assert "±" in outcome.out
+    document = cli(*command, "--json").document  # nothing is done twice
+    assert sorted(document["seeds"]) == ["0", "1"]
+    assert document["summary"]["dense"]["accuracy"]["sd"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "sst3"), "must be one of"),
+        (("--task", "sst2", "--seeds", "a"), "--seeds"),
+        (("--task", "sst2", "--keep", "2"), "--keep"),
+        (("--task", "sst2", "--keep", "0.0001"), "smallest reachable"),
+        (("--task", "sst2", "--keep", "0.5", "--precision", "fp8"), "--precision"),
+        (("--task", "sst2", "--keep", "0.5", "--epochs", "0"), "epochs"),
+        (("--task", "sst2", "--keep", "0.5", "--distill", "2"), "distill"),
+        (("--task", "sst2", "--keep", "0.5", "--columns", "text,label"), "needs the columns"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    cli: Call,  # noqa: F811
+    folder: Path,
+    encoder: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    outcome = cli("glue", encoder, "--data", folder, "--out", tmp_path / "out", *options)
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
