@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ffsplit.checkpoint.reload import reload_and_compare
-from ffsplit.checkpoint.save import PLAN_FILE, RECIPE_FILE, REPORT_FILE, publish, save, staging_for
+from ffsplit.checkpoint.save import PLAN_FILE, RECIPE_FILE, REPORT_FILE, publish, save, staged
 from ffsplit.errors import ResumeError
 from ffsplit.evaluate.size import size_of
 from ffsplit.families import find_ffns
@@ -244,7 +244,7 @@ class _Seed:
 
     def _write(self, model: PreTrainedModel, target: Path, compressed: Path | None) -> None:
         """A checkpoint with the structure files of the one that it was trained from."""
-        with staging_for(target) as staging:
+        with staged(target) as staging:
             model.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
             for name in (PLAN_FILE, RECIPE_FILE, REPORT_FILE):

@@ -1,0 +1,158 @@
+"""Write the tables of ``docs/glue.md`` and the README from ``benchmarks/results/glue-*.json``, between their markers.
+
+python benchmarks/glue_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "glue.md", ROOT / "README.md")
+START, END = "<!-- glue: start -->", "<!-- glue: end -->"
+ENCODERS = {"mpnet": "MPNet-base", "minilm": "MiniLM-L6"}
+TASKS = {"stsb": "STS-B, Spearman", "sst2": "SST-2, accuracy", "agnews": "AG News, accuracy"}
+METRIC = {"stsb": "spearman", "sst2": "accuracy", "agnews": "accuracy"}
+BUDGETS = {
+    ("mpnet", "43.1"): "43.1 % of the encoder's parameters gone, all from the FFNs",
+    ("minilm", "43.1"): "43.1 % of the FFN parameters gone",
+    ("mpnet", "70"): "70 % of the FFN parameters gone",
+    ("minilm", "70"): "70 % of the FFN parameters gone",
+}
+MAIN = ("dense", "dense-twice", "svd", "ffsplit", "best")
+WAYS = {
+    "dense": "dense",
+    "dense-twice": "dense, fine-tuned twice",
+    "svd": "plain SVD + fine-tune",
+    "ffsplit": "FFSplit (10 % heavy, low-rank rest) + fine-tune",
+    "best": "our best: prune, greedy OBS, refit, drift repair + distillation",
+    "prune": "prune, greedy OBS, refit + fine-tune",
+    "prune-bias": "the same with an output bias + fine-tune",
+    "whitened-svd": "whitened SVD + refit + fine-tune",
+    "ffsplit-linear": "FFSplit (OBS heavy, linear rest) + fine-tune",
+    "best-linear": "FFSplit (OBS heavy, linear rest), drift repair + distillation",
+    "svd-distilled": "plain SVD + distillation",
+}
+Key = tuple[str, str, str, str]
+Rows = dict[Key, list[dict[str, Any]]]
+
+
+def read() -> Rows:
+    """All rows by encoder, task, budget and way; a seed counts once."""
+    found: dict[Key, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for file in sorted(RESULTS.glob("glue-*.json")):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        for row in document["rows"] if document["benchmark"] == "glue" else ():
+            found[row["encoder"], row["task"], row["budget"], row["way"]][row["seed"]] = row
+    return {key: [rows[seed] for seed in sorted(rows)] for key, rows in found.items()}
+
+
+def figure(rows: list[dict[str, Any]] | None, scores: str = "scores") -> str:
+    """Mean and spread over seeds, with the number of seeds where it is not 3."""
+    if not rows:
+        return "-"
+    values = [row[scores][METRIC[row["task"]]] for row in rows]
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}" + (
+        "" if len(values) == 3 else f" ({len(values)} seed{'s'[: len(values) > 1]})"
+    )
+
+
+def quality(rows: Rows) -> list[str]:
+    """One line a method, a column before and one after the fine-tuning that follows the compression."""
+    lines: list[str] = []
+    for encoder, title in ENCODERS.items():
+        for task, name in TASKS.items():
+            for budget in ("43.1", "70"):
+                keys = [(way, (encoder, task, "dense" if way.startswith("dense") else budget, way)) for way in WAYS]
+                if not any(key in rows for way, key in keys if not way.startswith("dense")):
+                    continue
+                lines += [f"**{title}, {name}, {BUDGETS[encoder, budget]}**", ""]
+                lines += ["| method | FFN kept | before fine-tuning again | after |", "|---|---|---|---|"]
+                lines += [line(WAYS[way], rows[key]) for way, key in keys if key in rows] + [""]
+    return lines
+
+
+def line(title: str, rows: list[dict[str, Any]]) -> str:
+    kept = rows[0].get("keep_ffn")
+    if kept is None:
+        return f"| {title} | 1 | | {figure(rows)} |"
+    return f"| {title} | {kept:.3f} | {figure(rows, 'scores_before_training')} | {figure(rows)} |"
+
+
+def sweep(rows: Rows) -> list[str]:
+    """The share of heavy neurons, everything else equal."""
+    lines: list[str] = []
+    for encoder, title in ENCODERS.items():
+        names = [("0 %", "heavy-0"), ("1 %", "heavy-0.01"), ("3 %", "heavy-0.03"), ("5 %", "heavy-0.05"),
+                 ("10 %", "ffsplit"), ("25 %", "heavy-0.25"), ("10 % at random", "heavy-random")]  # fmt: skip
+        there = [(share, rows.get((encoder, "stsb", "43.1", way))) for share, way in names]
+        if sum(found is not None for _, found in there) < 2:
+            continue
+        lines += [f"**{title}, STS-B, the share of heavy neurons beside a plain low-rank rest, same budget**", ""]
+        lines += ["| heavy | before fine-tuning again | after |", "|---|---|---|"]
+        lines += [
+            f"| {share} | {figure(found, 'scores_before_training')} | {figure(found)} |" for share, found in there
+        ]
+        lines += [""]
+    return lines
+
+
+def speed() -> list[str]:
+    """Whole-encoder speed against dense in the same run."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("glue-speed-*.json")):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        hardware = document["provenance"]["hardware"]
+        place = hardware["accelerator"] if "gpu" in file.stem else f"CPU, {hardware['threads']} thread(s)"
+        columns = sorted({(row["encoder"], row["batch"], row["graph"]) for row in document["rows"]}, key=str)
+        shown = [f"{ENCODERS[e]}, batch {b}{', graph' if g else ''}" for e, b, g in columns]
+        lines += [f"**{place}, {document['dtype']}, sequence length {document['seq_len']}, times dense**", ""]
+        lines += [f"| variant | {' | '.join(shown)} |", "|---" * (len(columns) + 1) + "|"]
+        speeds = {(r["variant"], (r["encoder"], r["batch"], r["graph"])): r["speed"] for r in document["rows"]}
+        for variant in dict.fromkeys(row["variant"] for row in document["rows"]):
+            cells = [f"{speeds[variant, c]:.2f}" if (variant, c) in speeds else "-" for c in columns]
+            lines.append(f"| {variant.replace('none', 'no FFN (the limit)')} | {' | '.join(cells)} |")
+        lines += [""]
+    return lines
+
+
+def summary(rows: Rows) -> list[str]:
+    """The README's table: the four columns that the paper's experiment asks for."""
+    lines = [
+        "| encoder, task, budget | " + " | ".join(WAYS[way] for way in MAIN) + " |",
+        "|---" * (len(MAIN) + 1) + "|",
+    ]
+    for encoder, title in ENCODERS.items():
+        for task, name in TASKS.items():
+            for budget in ("43.1", "70"):
+                keys = {way: (encoder, task, "dense" if way.startswith("dense") else budget, way) for way in MAIN}
+                if any(keys[way] in rows for way in MAIN[2:]):
+                    cells = " | ".join(figure(rows.get(keys[way])) for way in MAIN)
+                    lines.append(f"| {title}, {name}; {BUDGETS[encoder, budget]} | {cells} |")
+    return lines
+
+
+def updated(page: str, lines: list[str]) -> str:
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n" + "\n".join(lines).rstrip("\n") + f"\n{END}{after}"
+
+
+def tables() -> tuple[list[str], list[str]]:
+    """The lines of the docs page and those of the README."""
+    rows = read()
+    if not rows and not list(RESULTS.glob("glue-speed-*.json")):
+        nothing = ["Not run yet."]
+        return nothing, nothing
+    return [*quality(rows), *sweep(rows), *speed()], summary(rows)
+
+
+if __name__ == "__main__":
+    for page, lines in zip(PAGES, tables(), strict=True):
+        page.write_text(updated(page.read_text(encoding="utf-8"), lines), encoding="utf-8")
