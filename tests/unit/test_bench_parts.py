@@ -25,6 +25,7 @@ from ffsplit.ffn.projections import PackedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.kernels.cache import DerivedCache
 from ffsplit.methods.budgets import one_branch_spec
 
 CPU = torch.device("cpu")
@@ -115,6 +116,28 @@ def test_a_dense_matrix_made_in_between_is_decoding() -> None:
             return x @ (self.packed.codes.float().repeat(1, 2) * 2.0).T
 
     assert observe(Decodes(), torch.randn(3, 128)).decoded
+
+
+def test_products_with_kept_floats_are_seen() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = packed().branches[0].up
+            self.floats = self.packed.dense().T
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.floats
+
+    seen = observe(Keeps(), torch.randn(3, 128))
+    assert (seen.decoded, seen.kept) == (False, True)
+
+
+def test_what_kernels_derive_is_held() -> None:
+    cache = DerivedCache()
+    cache.get("decoded", [torch.zeros(1)], lambda: torch.zeros(100))
+    module = nn.Linear(4, 4, bias=False)
+    module.derived = cache  # type: ignore[assignment]
+    assert resident_bytes(module) == 64 + 4 + 400
 
 
 @pytest.mark.parametrize("scale_bits", [8, 16])

@@ -30,6 +30,7 @@ def test_what_is_faster_needs_no_excuse() -> None:
     ("changes", "words"),
     [
         ({"decoded": True}, "dequantisation path"),
+        ({"kept": True}, "decoded once and are kept"),
         ({"operations": 30, "calls_share": 0.7}, "bound by launches: 30 operations against 5"),
         ({"masked": True}, "no kernel skips their work"),
         ({"bound": "compute"}, "compute-bound: the dense FFN is limited by multiply-accumulates"),

@@ -70,6 +70,7 @@ def ffn_timing(dense: Side, this: Side | None, roofline: Roofline, peers: dict[s
         operations=subject.seen.operations,
         products=subject.seen.products,
         decoded=subject.seen.decoded,
+        kept=subject.seen.kept,
         peers=peers,
         verdict=None if this is None else ffn_verdict(_evidence(dense, this, roofline, bound)),
     )
@@ -87,5 +88,6 @@ def _evidence(dense: Side, this: Side, roofline: Roofline, bound: str) -> Eviden
         dense_operations=dense.seen.operations,
         calls_share=this.seen.operations * roofline.call_seconds / this.seconds,
         decoded=this.seen.decoded,
+        kept=this.seen.kept,
         masked=this.spec.skip is not None or any(branch.selector is not None for branch in this.spec.branches),
     )

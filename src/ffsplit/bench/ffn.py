@@ -60,15 +60,16 @@ def _once(module: nn.Module, x: Tensor, clock: Clock, cold: Callable[[], None] |
     return seconds_of(partial(module, x), x.device, clock)
 
 
-@torch.inference_mode()
 def _rotating(module: nn.Module, x: Tensor, clock: Clock) -> Measure:
+    # Not in inference mode: kernels keep nothing of tensors that were made there.
     copies = [module, *(deepcopy(module) for _ in range(copies_needed(module, x) - 1))]
 
     def all_of_them() -> None:
         for copy in copies:
             copy(x)
 
-    work = captured(all_of_them, x.device) if can_capture(x.device) else all_of_them
+    with torch.inference_mode():
+        work = captured(all_of_them, x.device) if can_capture(x.device) else all_of_them
 
     def passes() -> None:
         for _ in range(PASSES):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.evaluate.size import unique_bytes
+from ffsplit.kernels.cache import DerivedCache
 
 _PROCESS = Path("/proc/self")
 
@@ -59,5 +60,5 @@ def _held(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | set):
         for inner in value:
             yield from _held(inner)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _held(vars(value) if hasattr(value, "__dict__") else {})
+    elif isinstance(value, DerivedCache) or (is_dataclass(value) and not isinstance(value, type)):
+        yield from _held(vars(value))

@@ -26,11 +26,13 @@ class Observation:
         operations: calls that compute something; views do not count.
         products: names of the operations that multiply matrices, in order of first use.
         decoded: whether a packed projection was decoded to floats in between.
+        kept: whether one was multiplied by as floats that had been kept from an earlier forward.
     """
 
     operations: int
     products: tuple[str, ...]
     decoded: bool
+    kept: bool = False
 
 
 @torch.inference_mode()
@@ -44,7 +46,8 @@ def observe(module: nn.Module, x: Tensor) -> Observation:
     watcher = _Watcher(packed_shapes(module))
     with watcher:
         module(x)
-    return Observation(watcher.operations, tuple(dict.fromkeys(watcher.products)), watcher.decoded)
+    kept = watcher.by_floats and not watcher.decoded
+    return Observation(watcher.operations, tuple(dict.fromkeys(watcher.products)), watcher.decoded, kept)
 
 
 def packed_shapes(module: nn.Module) -> set[tuple[int, ...]]:
@@ -62,6 +65,7 @@ class _Watcher(TorchDispatchMode):
         self.operations = 0
         self.products: list[str] = []
         self.decoded = False
+        self.by_floats = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,6 +77,12 @@ class _Watcher(TorchDispatchMode):
         self.operations += 1
         if any(word in name for word in _PRODUCTS):
             self.products.append(name)
-        elif isinstance(result, Tensor) and result.is_floating_point() and tuple(result.shape) in self.shapes:
+            self.by_floats |= any(self._is_weight(value) for value in args)
+        elif self._is_weight(result):
             self.decoded = True
         return result
+
+    def _is_weight(self, value: Any) -> bool:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 2:
+            return False
+        return bool({tuple(value.shape), tuple(value.T.shape)} & self.shapes)

@@ -31,6 +31,7 @@ class FFNTiming:
         operations: calls in a forward.
         products: names of those that multiply matrices.
         decoded: low-bit weights are decoded to floats in every forward.
+        kept: they are multiplied by as floats that were kept from an earlier one.
         peers: seconds of other storages of the same dense FFN.
         verdict: why it is not faster; ``None`` if it is, or was left dense.
     """
@@ -47,6 +48,7 @@ class FFNTiming:
     operations: int
     products: tuple[str, ...]
     decoded: bool
+    kept: bool
     peers: Mapping[str, float] = field(default_factory=dict)
     verdict: str | None = None
 

@@ -70,6 +70,11 @@ def bench(
     if dense is not None:
         check_same_shapes(subject, dense)
     counts, notes = token_counts(subject, tokens, ffn_only)
+    if subject.attentions_left_out and dense is None:
+        notes.append(
+            f"the checkpoint lacks {subject.attentions_left_out} attentions, and so does the dense side rebuilt from "
+            "it: give --against for what leaving them out saves"
+        )
     place = torch.device(device) if device is not None else default_device()
     loaded = load(subject, dense, place, dtype)
     roofline = measure_roofline(place, loaded.model.dtype, clock)

@@ -38,6 +38,7 @@ class Subject:
         specs: the structure of those that are sums, by the site's name.
         dense: the dense FFNs' sizes, by the site's name; only of compressed models.
         positions: the longest sequence, ``None`` without a limit.
+        attentions_left_out: how many attentions the checkpoint lacks.
     """
 
     source: Source
@@ -47,6 +48,7 @@ class Subject:
     specs: Mapping[str, SumSpec]
     dense: Mapping[str, FFNShape]
     positions: int | None
+    attentions_left_out: int = 0
 
     @property
     def reads_text(self) -> bool:
@@ -64,14 +66,16 @@ def open_subject(name: str) -> Subject:
     source = open_source(name)
     plain = _without_format(source)
     architecture = plain.skeleton()
-    entries = [(localize(architecture, site), spec) for site, spec in _entries(source)]
+    stored = _stored(source)
+    entries = [] if stored is None else [(localize(architecture, site), spec) for site, spec in stored.entries()]
     plan = _plan(Path(name).expanduser() / PLAN_FILE)
     sites = _sites(plain, architecture, entries)
     specs = {site.name: spec for site, spec in entries}
-    kind: Kind = "ffsplit" if entries else "dense" if plan is None else "stock"
+    kind: Kind = "ffsplit" if stored is not None else "dense" if plan is None else "stock"
     told = {spelt: shape for name, shape in (plan or {}).items() for spelt in spellings(architecture, name)}
     dense = {} if kind == "dense" else {s.name: told.get(s.name) or _shape_of(s, specs.get(s.name)) for s in sites}
-    return Subject(source, kind, architecture, sites, specs, dense, max_positions(architecture))
+    gone = 0 if stored is None else len(stored.left_out())
+    return Subject(source, kind, architecture, sites, specs, dense, max_positions(architecture), gone)
 
 
 def check_same_shapes(subject: Subject, against: Subject) -> None:
@@ -108,12 +112,12 @@ def _words(sizes: tuple[int, int, bool]) -> str:
     return f"d_model {sizes[0]}, d_ff {sizes[1]}, {'gated' if sizes[2] else 'not gated'}"
 
 
-def _entries(source: Source) -> list[tuple[FFNSite, SumSpec]]:
-    """Sites and structures that a checkpoint in ffsplit's format says it holds."""
+def _stored(source: Source) -> FFSplitStorageConfig | None:
+    """What a checkpoint in ffsplit's format says it holds."""
     stored = getattr(source.config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
-        return FFSplitStorageConfig(**stored).entries()
-    return stored.entries() if isinstance(stored, FFSplitStorageConfig) else []
+        return FFSplitStorageConfig(**stored)
+    return stored if isinstance(stored, FFSplitStorageConfig) else None
 
 
 def _without_format(source: Source) -> Source:

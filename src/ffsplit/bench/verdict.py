@@ -26,6 +26,7 @@ class Evidence:
         dense_operations: the same of the dense FFN.
         calls_share: share of the time that so many calls take at least.
         decoded: low-bit weights are decoded to floats in every forward.
+        kept: low-bit weights are multiplied by as floats that were kept.
         masked: a selector leaves work out by masks.
     """
 
@@ -39,6 +40,7 @@ class Evidence:
     dense_operations: int
     calls_share: float
     decoded: bool = False
+    kept: bool = False
     masked: bool = False
 
 
@@ -54,6 +56,11 @@ def _why_ffn(evidence: Evidence) -> str:
         return (
             "the low-bit weights are decoded to floats in every forward before a dense product (dequantisation path; "
             "no low-bit kernel serves this storage, device and number of tokens)"
+        )
+    if evidence.kept:
+        return (
+            "the low-bit weights were decoded once and are kept and multiplied by as floats: the same bytes and "
+            "products as a dense FFN (no low-bit kernel is faster for this storage, device and number of tokens)"
         )
     if evidence.calls_share >= CALLS_SHARE and evidence.operations > evidence.dense_operations:
         return (
