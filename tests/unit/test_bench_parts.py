@@ -21,7 +21,7 @@ from ffsplit.bench.peers import PEERS, PeerFFN, build_peers
 from ffsplit.bench.roofline import Roofline, measure_roofline
 from ffsplit.budget.cost import dense_spec
 from ffsplit.ffn.made_up import fill
-from ffsplit.ffn.projections import PackedSpec
+from ffsplit.ffn.projections import Int8DynamicSpec, PackedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
@@ -147,6 +147,13 @@ def test_made_up_packed_weights_have_the_promised_size(bits: int, scale_bits: in
     assert 0.012 < float(weight.std()) < 0.03
     assert abs(float(weight.mean())) < 0.02
     assert bool(packed(bits, scale_bits)(torch.randn(2, 128)).isfinite().all())
+
+
+def test_made_up_int8_weights_have_the_promised_size() -> None:
+    spec = one_branch_spec(SHAPE, lambda shape: Int8DynamicSpec(shape=shape))
+    made = SumFFN.empty(spec, nn.SiLU(), torch.float32, CPU)
+    fill(made)
+    assert 0.018 < float(made.branches[0].up.dense().std()) < 0.022
 
 
 def test_held_memory_counts_what_kernels_keep_beside() -> None:

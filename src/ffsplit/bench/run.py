@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ def bench(
         notes=tuple(notes),
         provenance={**provenance(), "load_average": _load()},
     )
-    return replace(found, phase_verdicts=tuple(_verdict(phase, found.ffn_speeds()) for phase in phases))
+    return replace(found, phase_verdicts=tuple(_verdict(phase, found) for phase in phases))
 
 
 def token_counts(subject: Subject, tokens: Sequence[int] | None, ffn_only: bool) -> tuple[list[int], list[str]]:
@@ -166,12 +166,14 @@ def _phases(
     return found
 
 
-def _verdict(phase: PhaseTiming, ffn_speeds: Mapping[int, float]) -> str | None:
+def _verdict(phase: PhaseTiming, found: Bench) -> str | None:
     if phase.speed is None:
         return None
+    speeds = found.ffn_speeds()
+    alone = speeds.get(phase.tokens) if speeds else 1.0  # all FFNs were left dense
     unit = "token" if phase.phase == "prefill" else "sequence"
     words = f"{phase.phase} of {phase.tokens:,} {unit}{'' if phase.tokens == 1 else 's'}"
-    return model_verdict(words, phase.speed, phase.limit, ffn_speeds.get(phase.tokens))
+    return model_verdict(words, phase.speed, phase.limit, alone)
 
 
 def _memory(loaded: Loaded) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def model_verdict(phase: str, speed: float, limit: float, ffn_speed: float | Non
     if ffn_speed is not None and ffn_speed < FASTER:
         reasons.append(f"its FFNs are not faster themselves (x{ffn_speed:.2f}, see their lines)")
     if limit < SMALL_LIMIT:
-        share = max(0.0, 1 - 1 / limit)
+        limit = max(limit, 1.0)  # the noise of a machine under load
+        share = 1 - 1 / limit
         reasons.append(f"FFNs are only {share:.0%} of the dense model's time, so none can give more than x{limit:.2f}")
     if not reasons:
         alone = "" if ffn_speed is None else f", x{ffn_speed:.2f} alone"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ffsplit.ffn.projections import Packed
+from ffsplit.ffn.projections import Int8Dynamic, Packed
+from ffsplit.kernels.int8 import LARGEST
 from ffsplit.ops.packing import pack
 
 STANDARD_DEVIATION = 0.02
@@ -15,7 +16,7 @@ STANDARD_DEVIATION = 0.02
 def fill(module: nn.Module, seed: int = 0) -> None:
     """Random numbers in every tensor that was never written: it may hold NaN, which some processors multiply slowly.
 
-    Floating-point tensors become normal with standard deviation 0.02, packed codes uniform with scales that give
+    Floating-point tensors become normal with standard deviation 0.02, codes uniform with scales that give
     weights of that size; other integers zero.
 
     Args:
@@ -35,6 +36,9 @@ def fill(module: nn.Module, seed: int = 0) -> None:
     for part in module.modules():
         if isinstance(part, Packed):
             _fill_packed(part, generator)
+        elif isinstance(part, Int8Dynamic):
+            part.codes.random_(-LARGEST, LARGEST + 1, generator=generator)
+            part.row_scale.fill_(STANDARD_DEVIATION * 3**0.5 / LARGEST)
 
 
 def _fill_packed(packed: Packed, generator: torch.Generator) -> None:
