@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ffsplit.pipeline.plan import Plan as Plan
     from ffsplit.pipeline.recipe import Recipe as Recipe
     from ffsplit.pipeline.recipe import load_recipe as load_recipe
+    from ffsplit.pipeline.recover import recover as recover_checkpoint  # noqa: F401
     from ffsplit.pipeline.result import CompressionResult as CompressionResult
 
 # Where each public name lives. Names that are also rooms of the package (methods, evaluate) get one of their own.
@@ -69,6 +70,7 @@ _PUBLIC = {
     "inspect_model": "ffsplit.pipeline.inspect:inspect",
     "load": "ffsplit.checkpoint.slice:load",
     "load_recipe": "ffsplit.pipeline.recipe:load_recipe",
+    "recover_checkpoint": "ffsplit.pipeline.recover:recover",
     "save": "ffsplit.checkpoint.save:save",
 }
 

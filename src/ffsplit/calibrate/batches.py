@@ -101,7 +101,7 @@ def make_batches(
     if _ready_made(source):
         return _given_batches(model, source)  # type: ignore[arg-type]
     windows = make_windows(model, tokenizer, source, field=field, seq_len=seq_len, samples=samples)  # type: ignore[arg-type]
-    batches = [_with_decoder(model, batch) for batch in windows.batches(batch_size)]
+    batches = [with_decoder(model, batch) for batch in windows.batches(batch_size)]
     return Batches(batches, windows.name, windows.sha256, windows.samples, windows.tokens, windows)
 
 
@@ -135,7 +135,7 @@ def _real(batch: Mapping[str, Tensor], main: str) -> int:
     return batch[main].numel() if mask is None or mask.shape != batch[main].shape else int(mask.bool().sum())
 
 
-def _with_decoder(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_decoder(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give an encoder-decoder model the same text on both sides, shifted right for the decoder."""
     if not model.config.is_encoder_decoder:
         return batch

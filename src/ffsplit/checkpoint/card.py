@@ -133,7 +133,20 @@ def _calibration(report: Mapping[str, Any]) -> str:
         return "No text was used."
     amount = ", ".join(f"{data[key]:,} {key}" for key in ("samples", "tokens") if key in data)
     digest = f" (sha256 of the token ids `{data['sha256']}`)" if data.get("sha256") else ""
-    return f"Text: `{data.get('source', 'unknown')}`, {amount or 'amount unknown'}{digest}. No weight was trained."
+    return f"Text: `{data.get('source', 'unknown')}`, {amount or 'amount unknown'}{digest}. {_training(report)}"
+
+
+def _training(report: Mapping[str, Any]) -> str:
+    """What was trained after the fit, if anything was."""
+    recovery = report.get("recovery")
+    if not recovery:
+        return "No weight was trained."
+    text = recovery.get("text") or {}
+    stages = ", ".join(f"`{stage['stage']}`" for stage in recovery.get("stages") or ())
+    return (
+        f"Then recovered (stages {stages}) on `{text.get('source', 'unknown')}`, {text.get('tokens', 0):,} tokens "
+        f"(sha256 of the token ids `{text.get('sha256', 'unknown')}`)."
+    )
 
 
 def _limits(report: Mapping[str, Any], plan: Plan) -> str:

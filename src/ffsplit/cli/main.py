@@ -20,6 +20,7 @@ from ffsplit.cli.glue import glue
 from ffsplit.cli.guard import GuardedGroup
 from ffsplit.cli.inspect import inspect
 from ffsplit.cli.methods import methods
+from ffsplit.cli.recover import recover
 from ffsplit.cli.slice import slice_
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command("bench")(bench)
 app.command("glue")(glue)
 app.command("methods")(methods)
 app.command("decompress")(decompress)
+app.command("recover")(recover)
 app.command("slice")(slice_)
 app.command("export")(export)
 app.command("demo")(demo)

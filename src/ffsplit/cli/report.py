@@ -38,6 +38,8 @@ def show_compression(result: CompressionResult, saved: SavedCheckpoint) -> None:
         show_allocation(allocation)
     if report["layers"]:
         show_layers(report["layers"])
+    if "recovery" in report:
+        show_recovery(report["recovery"])
     show_facts("Checkpoint", _checkpoint(result, saved))
     for text in loading_lines(result, saved):
         line(f"  {text}")
@@ -58,6 +60,21 @@ def show_layers(layers: Sequence[dict[str, Any]]) -> None:
         list(_folded(layers)),
         words=2,
     )
+
+
+def show_recovery(recovery: dict[str, Any]) -> None:
+    """One row a stage."""
+    rows = [
+        (
+            stage["stage"],
+            f"{stage['held_out_loss_before']:.5f}",
+            f"{stage['held_out_loss']:.5f}",
+            f"{stage['steps']:,}",
+            f"{stage['seconds']:.1f}",
+        )
+        for stage in recovery["stages"]
+    ]
+    show("Recovery, loss on held-out text", ("stage", "before", "after", "steps", "seconds"), rows, words=1)
 
 
 def _folded(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:

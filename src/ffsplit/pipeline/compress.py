@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +44,8 @@ from ffsplit.pipeline.plan import make_plan
 from ffsplit.pipeline.recipe import DEFAULT_DOCUMENTS, Recipe, load_recipe
 from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import hash_model
+from ffsplit.recover.run import check_possible, recover_model
+from ffsplit.recover.text import recovery_windows
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -129,10 +133,41 @@ def compress(
     source = calibration if calibration is not None else resolved.calibration.source
     where = torch.device(device) if device is not None else default_device()
     with evaluating(model), without_cache(model):
+        retrain = _recovery(model, tokenizer, resolved, source, where, journal, progress)
         job = prepare(model, tokenizer, resolved, source, where, progress)
         seconds = _timed_run(job, journal, cache_dir, measured)
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
-    return CompressionResult(model, job.plan, resolved, make_report(job, seconds), tokenizer)
+    report = make_report(job, seconds)
+    if retrain is not None:
+        report["recovery"] = retrain()
+    return CompressionResult(model, job.plan, resolved, report, tokenizer)
+
+
+def _recovery(
+    model: PreTrainedModel,
+    tokenizer: Any | None,
+    recipe: Recipe,
+    source: CalibrationInput,
+    device: torch.device,
+    journal: str | Path | None,
+    progress: Progress | None,
+) -> Callable[[], dict[str, Any]] | None:
+    """What trains the model once it is compressed, its text tried and the dense model kept; None if none is wanted."""
+    if recipe.recovery is None:
+        return None
+    check_possible(recipe.recovery, has_teacher=True)
+    windows = recovery_windows(model, tokenizer, recipe.recovery, source, recipe.calibration.source)
+    return functools.partial(
+        recover_model,
+        model,
+        copy.deepcopy(model),
+        windows,
+        recipe.recovery,
+        tokenizer=tokenizer,
+        device=device,
+        folder=None if journal is None else Path(journal) / "recovery",
+        progress=progress,
+    )
 
 
 def _timed_run(

@@ -14,6 +14,7 @@ from ffsplit.budget.registry import Decision, PlannerConfig, entries, entry_conf
 from ffsplit.budget.words import parse_budget
 from ffsplit.errors import RecipeError
 from ffsplit.methods.registry import MethodConfig, explain, nearest
+from ffsplit.recover.config import Recovery
 
 DEFAULT_BITS = 4.0
 BUDGETS = {
@@ -118,6 +119,7 @@ class Recipe(_Block):
         drift: share, 0 to 1, of the residual stream's drift from the dense model that each refit also tries to repair;
             at 0 a compressed FFN only imitates its dense one on the inputs that it gets.
         seed: of everything random.
+        recovery: train what was fitted, with the dense model as the teacher; None does not.
     """
 
     version: Literal[1] = 1
@@ -128,6 +130,7 @@ class Recipe(_Block):
     fold_norms: bool = False
     drift: float = Field(0.0, ge=0, le=1)
     seed: int = Field(0, ge=0, lt=2**32)
+    recovery: Recovery | None = None
 
     @property
     def planner(self) -> PlannerConfig | None:

@@ -1,0 +1,94 @@
+"""What a recovery does: the stages, how long each trains, and on what."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Stage = Literal["refit", "blocks", "model"]
+LR = {"blocks": 1e-3, "ffn": 3e-4, "all": 5e-5, "lora": 1e-3}
+"""Peak learning rates where none is asked for, by what is trained."""
+
+
+class Recovery(BaseModel):
+    """Everything that determines a recovery, beside the models.
+
+    Attributes:
+        stages: in this order: ``refit`` solves for all output maps in closed form, layer by layer; ``blocks`` trains
+            each FFN to give its dense original's outputs; ``model`` trains the whole model to give the dense one's
+            answers.
+        source: text; None takes that of the calibration.
+        field: column of a structured source.
+        samples: windows of text, the held-out ones included; None takes all.
+        seq_len: tokens per window, at most what the model can take.
+        batch_size: windows per forward pass.
+        accumulate: forward passes per step.
+        held_out: share of the windows that is not trained on, at least one and at most 64.
+        steps: optimizer steps of the stage ``model``, and of every FFN in ``blocks``.
+        minutes: budget of the stage ``model``, by the clock; it ends at whichever of the two is used up first.
+        lr: peak learning rate; None takes one that suits what is trained.
+        warmup: share of the steps over which the learning rate rises; it then falls along a cosine to a tenth.
+        weight_decay: decoupled, on matrices only.
+        clip: largest norm of the gradient.
+        patience: stop after so many evaluations in a row without a lower held-out loss; 0 never does.
+        evaluations: how often the held-out loss is looked at.
+        train: ``ffn``: the branches of the compressed FFNs; ``all``: every parameter of the model.
+        lora: train adapters of this rank on the dense matrices of the branches instead, merged at the end.
+        low_bit: packed codes stay as they are; ``scales`` trains the scales of their groups, ``frozen`` does not.
+        temperature: of both models' logits.
+        hidden: weight of the squared difference of hidden states, beside the loss on the answers.
+        labels: share, 0 to 1, of the loss that is cross entropy with the text itself; 1 without a teacher.
+        prefix: what records the inputs of the stages ``refit`` and ``blocks``: the ``compressed`` model as far as it is
+            recovered, or the ``dense`` one, which makes the layers independent.
+        precision: ``bfloat16`` under autocast, weights in float32; None: that on an accelerator, float32 elsewhere.
+        seed: of everything random.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stages: tuple[Stage, ...] = ("model",)
+    source: str | None = None
+    field: str | None = None
+    samples: int | None = Field(None, ge=2)
+    seq_len: int = Field(512, ge=2)
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
+    held_out: float = Field(0.05, gt=0, lt=1)
+    steps: int = Field(1000, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, lt=1)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    patience: int = Field(0, ge=0)
+    evaluations: int = Field(10, ge=1)
+    train: Literal["ffn", "all"] = "ffn"
+    lora: int | None = Field(None, ge=1)
+    low_bit: Literal["scales", "frozen"] = "scales"
+    temperature: float = Field(1.0, gt=0)
+    hidden: float = Field(0.0, ge=0)
+    labels: float = Field(0.0, ge=0, le=1)
+    prefix: Literal["compressed", "dense"] = "compressed"
+    precision: Literal["float32", "bfloat16"] | None = None
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _as_names(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recovery:
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            raise ValueError(
+                f"stages {list(self.stages)}: name each of refit, blocks, model at most once, one at least"
+            )
+        if self.lora is not None and self.train == "all":
+            raise ValueError("lora trains adapters on the branches; train=all trains everything: choose one")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the stage ``model``."""
+        return self.lr or LR["lora" if self.lora is not None else self.train]

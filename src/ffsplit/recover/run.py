@@ -1,0 +1,165 @@
+"""The stages of a recovery, one after the other, each restartable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ffsplit.calibrate.tokens import TokenWindows
+from ffsplit.errors import RecipeError
+from ffsplit.provenance import hash_model
+from ffsplit.recover.config import Recovery, Stage
+from ffsplit.recover.lora import require_peft
+from ffsplit.recover.store import Store
+from ffsplit.recover.text import Text, recovery_text
+from ffsplit.recover.weights import as_sums, same_structure
+from ffsplit.recover.whole import distil_model
+from ffsplit.recover.workers import Workers, workers
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every stage works with.
+
+    Attributes:
+        student: the compressed model, on the device.
+        teacher: the dense model, there too; None when there is none.
+        text: to train on, and held out.
+        config: what to do.
+        store: where finished and half-finished work is kept; None keeps nothing.
+        group: the processes that train together.
+        progress: called with (what, done, total).
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    text: Text
+    config: Recovery
+    store: Store | None
+    group: Workers
+    progress: Progress | None
+
+
+def recover_model(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    windows: TokenWindows,
+    config: Recovery,
+    *,
+    tokenizer: Any | None = None,
+    device: torch.device,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Recover a compressed model in place: same structure, same storages, better numbers.
+
+    Args:
+        student: its FFNs are sums, or plain and narrower than the teacher's.
+        teacher: the dense model; may be None for the stage ``model`` of a language model.
+        windows: of text.
+        config: stages and settings.
+        tokenizer: names the mask token of a masked language model.
+        device: to train on; both models go there, and home again.
+        folder: where a killed run finds its work; None keeps none.
+        progress: called with (what, done, total).
+
+    Returns:
+        notes of every stage, as plain values.
+
+    Raises:
+        RecipeError: nothing can be trained, or a stage needs a teacher.
+        DataError: too little text.
+        ModelError: a loss is not finite, or the models do not fit together.
+        ResumeError: the folder holds another run.
+    """
+    check_possible(config, teacher is not None)
+    group = workers(device)
+    device = group.device or device
+    as_sums(student)
+    mask_id = None if tokenizer is None else getattr(tokenizer, "mask_token_id", None)
+    special = () if tokenizer is None else tuple(tokenizer.all_special_ids)
+    text = recovery_text(student, windows, config, mask_id, special, (group.rank, group.count))
+    store = None if folder is None else Store(folder, _identity(student, teacher, windows, config), group.first)
+    homes = [next(model.parameters()).device for model in (student, teacher) if model is not None]
+    scene = Scene(student, teacher, text, config, store, group, progress)
+    with same_structure(student):
+        try:
+            for model in (student, teacher):
+                if model is not None:
+                    model.to(device)
+            notes = [_stage(scene, stage) for stage in config.stages]
+        finally:
+            for model, home in zip((student, teacher), homes, strict=False):
+                if model is not None:
+                    model.to(home)
+    return {"recipe": config.model_dump(mode="json"), "text": _text_record(windows), "stages": notes}
+
+
+def check_possible(config: Recovery, has_teacher: bool) -> None:
+    """Refuse what no model could do.
+
+    Raises:
+        RecipeError: a stage needs a dense model and there is none, or a library is missing.
+    """
+    needy = [stage for stage in config.stages if stage != "model"]
+    if needy and not has_teacher:
+        raise RecipeError(f"stage {needy[0]} compares every FFN with its dense original: give the teacher")
+    if config.lora is not None:
+        require_peft()
+
+
+def _stage(scene: Scene, stage: Stage) -> dict[str, Any]:
+    """One stage, or what it left when it was finished in an earlier run."""
+    store = scene.store
+    if store is not None and (notes := store.finished(stage, scene.student)) is not None:
+        return notes
+    notes = _STAGES[stage](scene)
+    scene.group.wait()
+    if store is not None:
+        store.finish(stage, scene.student, notes)
+    return notes
+
+
+def _whole(scene: Scene) -> dict[str, Any]:
+    store = scene.store
+    return distil_model(
+        scene.student,
+        scene.teacher,
+        scene.text,
+        scene.config,
+        identity="" if store is None else store.identity,
+        state=None if store is None else store.state("model"),
+        group=scene.group,
+        progress=scene.progress,
+    )
+
+
+_STAGES: dict[Stage, Callable[[Scene], dict[str, Any]]] = {"model": _whole}
+
+
+def _identity(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, windows: TokenWindows, config: Recovery
+) -> dict[str, Any]:
+    return {
+        "recovery": config.model_dump(mode="json"),
+        "model": hash_model(student),
+        "teacher": None if teacher is None else hash_model(teacher),
+        "text": windows.sha256,
+    }
+
+
+def _text_record(windows: TokenWindows) -> dict[str, Any]:
+    return {
+        "source": windows.name,
+        "sha256": windows.sha256,
+        "samples": windows.samples,
+        "seq_len": windows.seq_len,
+        "tokens": windows.tokens,
+    }

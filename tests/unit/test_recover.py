@@ -1,0 +1,296 @@
+"""Whole-model distillation of compressed models, and what must stay as it is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ffsplit
+from ffsplit.calibrate.tokens import TokenWindows
+from ffsplit.errors import DataError, RecipeError, ResumeError
+from ffsplit.ffn.projections import NM, Masked, Packed, Tied
+from ffsplit.ffn.sum import SumFFN
+from ffsplit.pipeline.recover import recovery_of
+from ffsplit.recover.config import Recovery
+from ffsplit.recover.distillation import Distillation
+from ffsplit.recover.head_loss import through_head
+from ffsplit.recover.run import recover_model
+from ffsplit.recover.text import recovery_text
+from ffsplit.recover.weights import as_sums
+from ffsplit.recover.whole import prepared
+from tests.tiny import tiny
+
+CPU = torch.device("cpu")
+IDS = torch.randint(5, 100, (24, 16), generator=torch.Generator().manual_seed(0))
+WINDOWS = TokenWindows.from_ids(IDS)
+
+
+def strong(name: str) -> PreTrainedModel:
+    """A tiny model whose FFNs matter: random weights of the usual size hardly change the logits."""
+    model = tiny(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def compressed(dense: PreTrainedModel, recipe: dict[str, Any]) -> PreTrainedModel:
+    return ffsplit.compress(copy.deepcopy(dense), recipe=recipe, calibration=IDS, device="cpu").model
+
+
+def pruned(dense: PreTrainedModel) -> PreTrainedModel:
+    return compressed(dense, {"method": {"method": "prune", "keep": 0.5, "score": "magnitude", "refit": False}})
+
+
+def settings(**fields: Any) -> Recovery:
+    return Recovery(**{"steps": 30, "batch_size": 4, "lr": 3e-3, "seq_len": 16, **fields})
+
+
+def recovered(student: PreTrainedModel, dense: PreTrainedModel | None, **fields: Any) -> dict[str, Any]:
+    return recover_model(student, dense, WINDOWS, settings(**fields), device=CPU)["stages"][0]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"train": "all", "lr": 3e-4}, {"lora": 4, "lr": 1e-2}, {"hidden": 0.5}, {"temperature": 2}]
+)
+def test_the_held_out_loss_falls(fields: dict[str, Any]) -> None:
+    dense = strong("llama")
+    student = pruned(dense)
+    before = state(dense)
+    notes = recovered(student, dense, **fields)
+    assert notes["held_out_loss"] < 0.95 * notes["held_out_loss_before"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert-mlm", "bert", "mpnet", "bert-classifier", "t5", "gemma2"])
+def test_models_of_other_kinds(family: str) -> None:
+    dense = strong(family)
+    student = pruned(dense)
+    notes = recovered(student, dense, steps=12)
+    assert notes["held_out_loss"] < notes["held_out_loss_before"]
+
+
+def test_only_the_branches_are_trained() -> None:
+    dense = strong("llama")
+    student = pruned(dense)
+    before = state(student)
+    recovered(student, dense, steps=3)
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert changed
+    assert all(".mlp.branches." in name for name in changed)
+
+
+def test_a_model_that_is_its_teacher_has_no_loss_and_stays() -> None:
+    dense = strong("llama")
+    student = copy.deepcopy(dense)
+    as_sums(student)
+    loss = Distillation(student, dense, settings(), recovery_text(student, WINDOWS, settings(), None).batch(0))
+    text = recovery_text(student, WINDOWS, settings(), None)
+    with torch.no_grad():
+        assert float(loss(text.batch(0))) == pytest.approx(0, abs=1e-6)
+
+
+def test_text_alone_trains_a_language_model_and_nothing_else() -> None:
+    dense = strong("llama")
+    notes = recovered(pruned(dense), None, train="all", lr=1e-2)
+    assert notes["held_out_loss"] < notes["held_out_loss_before"]
+    with pytest.raises(ffsplit.ModelError, match="give a teacher"):
+        recovered(pruned(strong("bert")), None)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_the_chunked_head_gives_the_loss_and_gradients_of_the_whole(kept: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 6, generator=generator, requires_grad=True) for n in (11, 9))
+    bias = torch.randn(9, generator=generator, requires_grad=bool(kept))
+    targets = torch.randint(0, 9, (11,), generator=generator)
+
+    def loss(logits: Tensor, rows: slice) -> Tensor:
+        return nn.functional.cross_entropy(logits, targets[rows], reduction="sum")
+
+    leaves = [states, weight] + [bias] * kept
+    whole = loss(states @ weight.T + bias, slice(None))
+    wanted = torch.autograd.grad(whole, leaves)
+    pieces = 2.0 * through_head(states, weight, bias, loss, 4)
+    found = torch.autograd.grad(pieces, leaves)
+    torch.testing.assert_close(pieces, 2 * whole)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, 2 * other)
+
+
+def test_one_seed_gives_one_result_and_another_another() -> None:
+    dense = strong("llama")
+    runs = []
+    for seed in (0, 0, 1):
+        student = pruned(dense)
+        recovered(student, dense, steps=4, seed=seed)
+        runs.append(state(student))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fields", [{"accumulate": 2}, {"lora": 2}])
+def test_a_killed_run_ends_at_the_very_weights(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = strong("llama")
+    start, config = pruned(dense), settings(steps=10, evaluations=3, **fields)
+    whole, part = copy.deepcopy(start), copy.deepcopy(start)
+    notes = recover_model(whole, dense, WINDOWS, config, device=CPU)
+
+    def die(_label: str, done: int, _total: int) -> None:
+        if done == 6:
+            raise _KilledError
+
+    monkeypatch.setattr("ffsplit.recover.whole.SAVE_SECONDS", 0.0)
+    with pytest.raises(_KilledError):
+        recover_model(part, dense, WINDOWS, config, device=CPU, folder=tmp_path, progress=die)
+    resumed = copy.deepcopy(start)
+    steps: list[int] = []
+    again = recover_model(
+        resumed, dense, WINDOWS, config, device=CPU, folder=tmp_path, progress=lambda _l, done, _t: steps.append(done)
+    )
+    assert steps[0] > 3
+    assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    assert again["stages"][0]["held_out_loss"] == notes["stages"][0]["held_out_loss"]
+    finished = copy.deepcopy(start)
+    recover_model(finished, dense, WINDOWS, config, device=CPU, folder=tmp_path, progress=die)
+    assert all(torch.equal(finished.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    with pytest.raises(ResumeError, match="other recovery"):
+        recover_model(copy.deepcopy(start), dense, WINDOWS, settings(seed=3), device=CPU, folder=tmp_path)
+
+
+def test_merged_adapters_give_what_the_adapted_model_gave() -> None:
+    dense = strong("llama")
+    student = pruned(dense)
+    before = student(input_ids=IDS[:2]).logits
+    with prepared(student, settings(lora=3)) as adapters:
+        assert adapters
+        with torch.no_grad():
+            for parameter in adapters.values():
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        wanted = student(input_ids=IDS[:2]).logits
+    torch.testing.assert_close(student(input_ids=IDS[:2]).logits, wanted)
+    assert not torch.allclose(before, wanted)
+    assert not any("lora" in name for name in student.state_dict())
+
+
+def _modules(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def test_zeros_stay_where_they_are() -> None:
+    dense = strong("llama")
+    for kind, pattern in ((NM, {"pattern": "2:4"}), (Masked, {"keep": 0.5})):
+        student = compressed(dense, {"method": {"method": "sparsify", "score": "wanda", "refit": False, **pattern}})
+        zeros = [module.dense() == 0 for module in _modules(student, kind)]
+        assert zeros
+        specs = [module.spec for module in _modules(student, SumFFN)]
+        notes = recovered(student, dense, steps=8)
+        assert notes["held_out_loss"] < notes["held_out_loss_before"]
+        assert all(
+            torch.equal(was, module.dense() == 0) for was, module in zip(zeros, _modules(student, kind), strict=True)
+        )
+        assert [module.spec for module in _modules(student, SumFFN)] == specs
+
+
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_scales_of_packed_matrices_are_trained_and_codes_are_not(scale_bits: int) -> None:
+    dense = strong("llama")
+    method = {"method": "quantize", "code_bits": 2, "rounding": "rtn", "refit": False, "group": 16}
+    student = compressed(dense, {"method": {**method, "scale_bits": scale_bits}})
+    codes = [module.codes.clone() for module in _modules(student, Packed)]
+    frozen = copy.deepcopy(student)
+    notes = recovered(student, dense, steps=20)
+    assert notes["held_out_loss"] < 0.97 * notes["held_out_loss_before"]
+    assert all(torch.equal(was, module.codes) for was, module in zip(codes, _modules(student, Packed), strict=True))
+    text = recovery_text(student, WINDOWS, settings(), None)
+    loss = Distillation(student, dense, settings(), text.batch(0))
+    with torch.no_grad():
+        stored = float(torch.stack([loss(sample) for sample in text.held_out_batches()]).mean())
+    assert stored == pytest.approx(notes["held_out_loss"], rel=0.02)
+    with pytest.raises(RecipeError, match="nothing can be trained"):
+        recovered(frozen, dense, low_bit="frozen")
+
+
+def test_tied_projections_stay_tied() -> None:
+    dense = strong("llama")
+    student = compressed(dense, {"method": {"method": "share", "keep": 0.8, "protect_first": 0, "protect_last": 0}})
+    tied = _modules(student, Tied)
+    assert tied
+    with torch.no_grad():  # as it came, it is as good as this text can make it
+        for module in tied:
+            next(module.owner.parameters()).mul_(0.7)
+    notes = recovered(student, dense, steps=8)
+    assert notes["held_out_loss"] < notes["held_out_loss_before"]
+    owners = [id(module.owner) for module in tied]
+    assert all(owner in set(map(id, student.modules())) for owner in owners)
+
+
+def test_half_precision_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = strong("llama")
+    student = pruned(dense).to(torch.bfloat16)
+    recovered(student, dense.to(torch.bfloat16), steps=3, precision="bfloat16")
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"stages": "blocks,wibble"}, "wibble"),
+        ({"stages": "model,model"}, "at most once"),
+        ({"lora": 4, "train": "all"}, "choose one"),
+        ({"lr": -1}, "lr"),
+        ({"stpes": 4}, "stpes"),
+        ({"labels": 2}, "labels"),
+    ],
+)
+def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recovery_of(values)
+
+
+def test_too_little_text_is_refused() -> None:
+    dense = strong("llama")
+    with pytest.raises(DataError, match="at least 2 windows"):
+        recover_model(pruned(dense), dense, TokenWindows.from_ids(IDS[:1]), settings(), device=CPU)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused() -> None:
+    dense = strong("llama")
+    other = tiny("llama")
+    other.resize_token_embeddings(111)
+    with pytest.raises(DataError, match="cannot distil"):
+        recovered(pruned(dense), other)
+    with pytest.raises(RecipeError, match="give the teacher"):
+        recovered(pruned(dense), None, stages=("blocks",))
+
+
+def test_a_recipe_recovers_what_it_fitted(tmp_path: Path) -> None:
+    dense = strong("llama")
+    recipe = {
+        "method": {"method": "prune", "keep": 0.5},
+        "recovery": {"steps": 6, "batch_size": 4, "seq_len": 16, "lr": 1e-3},
+    }
+    result = ffsplit.compress(copy.deepcopy(dense), recipe=recipe, calibration=IDS, device="cpu")
+    assert result.report["recovery"]["stages"][0]["steps"] == 6
+    saved = ffsplit.save(result, tmp_path / "out")
+    assert saved.kind == "stock"
+    assert "Then recovered" in (tmp_path / "out" / "README.md").read_text()
