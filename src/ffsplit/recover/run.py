@@ -111,6 +111,8 @@ def check_possible(config: Recovery, has_teacher: bool) -> None:
     needy = [stage for stage in config.stages if stage != "model"]
     if needy and not has_teacher:
         raise RecipeError(f"stage {needy[0]} compares every FFN with its dense original: give the teacher")
+    if unknown := [stage for stage in config.stages if stage not in _STAGES]:
+        raise RecipeError(f"stage {unknown[0]} is not there yet; there is {', '.join(_STAGES)}")
     if config.lora is not None:
         require_peft()
 
