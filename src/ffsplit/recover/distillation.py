@@ -60,6 +60,7 @@ class Distillation:
         self.by_head = all(kind == "head" for kind, _ in kinds)
         self.has_logits = all(kind != "states" for kind, _ in kinds)
         self.width = kinds[0][1]
+        self.unpadded = "attention_mask" not in probe.inputs
         if self.labels and (probe.targets is None or not self.has_logits):
             raise ModelError(
                 f"{type(student).__name__} is no language model, so the text says nothing about its answers: "
@@ -98,11 +99,11 @@ class Distillation:
         if ours.dim() == 2 or ours.shape[:2] != mask.shape:  # a class a sequence, or logits of parts of it
             assert theirs is not None
             return logits_loss(ours, theirs, self.temperature)
-        real = mask.flatten().bool().nonzero().squeeze(1)
-        wanted = None if targets is None else targets.flatten()[real]
-        mine = ours.flatten(0, 1)[real]
-        other = None if theirs is None else theirs.flatten(0, 1)[real]
-        counts = (len(real), 0 if wanted is None else (wanted != NO_TARGET).sum().clamp_min(1))
+        mine, other, wanted = (
+            None if found is None else self._on_real(found.flatten(0, 1), mask) for found in (ours, theirs, targets)
+        )
+        assert mine is not None
+        counts = (len(mine), 0 if wanted is None else (wanted != NO_TARGET).sum().clamp_min(1))
 
         def part(logits: Tensor, rows: slice) -> Tensor:
             reference = None if other is None else self._logits(self.teacher, other[rows])
@@ -112,6 +113,10 @@ class Distillation:
         if head is None:
             return part(mine, slice(None))
         return through_head(mine, head.weight, head.bias, part, max(1, CHUNK_ELEMENTS // self.width))
+
+    def _on_real(self, flat: Tensor, mask: Int[Tensor, "batch seq_len"]) -> Tensor:
+        """The rows of real tokens. Picking them waits for the device, so that it is left out where all are real."""
+        return flat if self.unpadded else flat[mask.flatten().bool()]
 
     def _head(self, model: PreTrainedModel) -> nn.Linear:
         head = model.get_output_embeddings()
