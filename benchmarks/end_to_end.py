@@ -147,7 +147,7 @@ def structures(shape: FFNShape, part: Part) -> dict[str, SumSpec]:
 def kernel_errors(model: PreTrainedModel, spec: SumSpec, part: Part) -> dict[str, float]:
     """Relative error of a structure's forward against its own reference forward, by number of tokens.
 
-    The reference decodes the weights and runs in float32, where nothing is rounded at run time.
+    The reference decodes the weights and runs in float32; that of w8a8 rounds its inputs too.
     """
     module = _maker(model, spec)(None)
     wide = copy.deepcopy(module).float()

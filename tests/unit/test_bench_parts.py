@@ -165,6 +165,13 @@ def test_held_memory_counts_what_kernels_keep_beside() -> None:
     assert resident_bytes(module) == 96
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_matrices_in_onednns_layout_are_held_too() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    module.kept = torch.zeros(8, 8).to_mkldnn()
+    assert resident_bytes(module) == 64 + 256
+
+
 def test_memory_of_work_is_what_it_takes_beyond_before() -> None:
     extra = extra_bytes(lambda: torch.ones(8 << 20).sum(), CPU)
     assert extra is None or 24 << 20 < extra < 64 << 20

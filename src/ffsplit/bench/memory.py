@@ -18,7 +18,10 @@ _PROCESS = Path("/proc/self")
 
 def resident_bytes(module: nn.Module) -> int:
     """Bytes of the distinct storages that a module holds: parameters, buffers, and whatever its kernels keep beside."""
-    return unique_bytes(tensor for part in module.modules() for tensor in _held(vars(part)))
+    held = {id(tensor): tensor for part in module.modules() for tensor in _held(vars(part))}.values()
+    # oneDNN's layouts show no storage.
+    opaque = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.is_mkldnn)
+    return opaque + unique_bytes(tensor for tensor in held if not tensor.is_mkldnn)
 
 
 def stored_bytes(module: nn.Module) -> int:
