@@ -31,7 +31,7 @@ from ffsplit.ops.outliers import other_columns
 
 Form = Literal["kept", "decoded", "refused"]
 _KEPT = ("dense", "low_rank", "block_dense", "monarch", "int8_dynamic", "tied")
-_DECODED = ("masked", "n_m")
+_DECODED = ("masked", "n_m", "outlier_weights")
 
 
 def form(spec: StorageSpec) -> Form:

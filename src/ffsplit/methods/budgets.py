@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ffsplit.errors import BudgetError
-from ffsplit.ffn.projections import DenseSpec, LowRankSpec, OutlierColumnsSpec, PackedSpec, ProjectionSpec
+from ffsplit.ffn.projections import (
+    DenseSpec,
+    LowRankSpec,
+    OutlierColumnsSpec,
+    OutlierWeightsSpec,
+    PackedSpec,
+    ProjectionSpec,
+)
 from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
@@ -52,16 +59,18 @@ def packed_branch_spec(
     *,
     input_scale: bool = False,
     outliers: float = 0,
+    outlier_weights: float = 0,
 ) -> BranchSpec:
     """A branch of ``neurons`` neurons in ``bits``-bit codes; 16 bits means dense.
 
     With ``input_scale`` the columns of every matrix are scaled. Those of `down` need no stored factors where a factor
-    on a row of `up` does the same. ``outliers`` is the share of each matrix's columns that stay in 16 bits.
+    on a row of `up` does the same. ``outliers`` is the share of each matrix's columns that stay in 16 bits,
+    ``outlier_weights`` that of its single weights that have a number of 16 bits on top.
     """
     if bits == FLOAT_BITS:
         return dense_branch_spec(shape, neurons)
 
-    def packed(rows: int, columns: int, scaled: bool) -> PackedSpec | OutlierColumnsSpec:
+    def packed(rows: int, columns: int, scaled: bool) -> PackedSpec | OutlierColumnsSpec | OutlierWeightsSpec:
         whole = min(max(round(outliers * columns), 1), columns - 1) if outliers else 0
         codes = PackedSpec(
             shape=(rows, columns - whole),
@@ -71,6 +80,9 @@ def packed_branch_spec(
             scale_bits=scale_bits,
             input_scale=scaled,
         )
+        if outlier_weights:
+            single = max(round(outlier_weights * rows * columns), 1)
+            return OutlierWeightsSpec(shape=(rows, columns), packed=codes, outliers=single)
         return OutlierColumnsSpec(shape=(rows, columns), packed=codes) if whole else codes
 
     inner = packed(neurons, shape.d_model, input_scale)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
 from ffsplit.ffn.projections import (
@@ -22,6 +22,8 @@ from ffsplit.ffn.projections import (
     LowRankSpec,
     OutlierColumns,
     OutlierColumnsSpec,
+    OutlierWeights,
+    OutlierWeightsSpec,
     Packed,
     PackedSpec,
     Projection,
@@ -31,7 +33,15 @@ from ffsplit.ops.gptq import gptq
 from ffsplit.ops.input_scale import scale_inputs, search_input_scale
 from ffsplit.ops.linalg import ridged
 from ffsplit.ops.lowrank import scaled_factors, svd_factors, whitened_factors
-from ffsplit.ops.outliers import absorbing_columns, other_columns, remaining_gram, weak_columns
+from ffsplit.ops.outliers import (
+    absorbing_columns,
+    excess_of,
+    extremes,
+    other_columns,
+    remaining_gram,
+    weak_columns,
+    weak_weights,
+)
 from ffsplit.ops.refine import output_error, refine
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
 
@@ -149,6 +159,8 @@ class Rounding(Compressor):
         """Rows are rounded independently of each other, so the matrices are solved as one: half the steps."""
         if isinstance(spec, OutlierColumnsSpec):
             return self._beside_outliers(weights, spec, gram, dtype)
+        if isinstance(spec, OutlierWeightsSpec):
+            return [self._under_outliers(weight, spec, gram, dtype) for weight in weights]
         assert isinstance(spec, PackedSpec)
         weight = torch.cat(list(weights)).float()
         if spec.input_scale:
@@ -186,6 +198,22 @@ class Rounding(Compressor):
                 values = absorbing_columns(matrix, packed.dense(torch.float64), gram, index, others, DAMP)
             fitted.append(OutlierColumns(packed, index, values.to(dtype)))
         return fitted
+
+    def _under_outliers(
+        self, weight: Float[Tensor, "out in"], spec: OutlierWeightsSpec, gram: GramOfInputs, dtype: torch.dtype
+    ) -> OutlierWeights:
+        """What sticks out of its group at the weakest weights is stored as it is; the rest, now tame, is rounded."""
+        weight, inside = weight.float(), spec.packed
+        # Rounded as if no group had any outlier: on the ranges that are then left, what sticks out has a large error.
+        far = extremes(weight, inside.group)
+        trimmed = _without(weight, far, excess_of(weight, far, inside.group))
+        codes, grid = round_to_nearest(trimmed, inside.bits, inside.group, symmetric=inside.symmetric)
+        places = weak_weights(weight, decode(codes, grid, torch.float32), gram, spec.outliers, DAMP)
+        values = excess_of(weight, places, inside.group).to(dtype)
+        tame = _without(weight, places, values.float())
+        (packed,) = self.fit([tame], inside, gram, dtype)
+        assert isinstance(packed, Packed)
+        return OutlierWeights.at(packed, places, values)
 
     def _scaled(
         self, weight: Float[Tensor, "out in"], spec: PackedSpec, gram: GramOfInputs
@@ -248,6 +276,13 @@ class Nearest(Compressor):
 SVD = TruncatedSVD()
 WHITENED = TruncatedSVD(whitened=True)
 NEAREST = Nearest()
+
+
+def _without(
+    weight: Float[Tensor, "out in"], places: Int[Tensor, " count"], values: Float[Tensor, " count"]
+) -> Float[Tensor, "out in"]:
+    """The matrix less some values at some places, which are counted row by row."""
+    return weight.flatten().index_add(0, places, values, alpha=-1).view_as(weight)
 
 
 def rows_of_grid(grid: Grid, start: int, stop: int) -> Grid:

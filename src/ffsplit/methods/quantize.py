@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
-from ffsplit.ffn.projections import OutlierColumnsSpec, PackedSpec, StorageSpec
+from ffsplit.ffn.projections import OutlierColumnsSpec, OutlierWeightsSpec, PackedSpec, StorageSpec
 from ffsplit.ffn.projections.packed import ScaleBits
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
@@ -36,6 +36,8 @@ class QuantizeConfig(MethodConfig):
         scale_bits: 16 for float16 scales, or 8 for multiples of a unit per row: 8 bits a group less, 16 a row more.
         outliers: share of the input columns of every matrix that stay in 16 bits: those that rounding would hurt most
             (of `down`, columns are neurons: its heavy neurons), refitted to absorb the error of the others (OWQ).
+        outlier_weights: share of the single weights of every matrix that get a 16-bit number on top of their code, for
+            what sticks out of their group's range: those that rounding would hurt most even if others adapt (SpQR).
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down` on the quantised activations before it is quantised itself.
         ridge: pull of that fit to the old weights.
@@ -50,6 +52,7 @@ class QuantizeConfig(MethodConfig):
     symmetric: bool = False
     scale_bits: ScaleBits = 16
     outliers: float = Field(0, ge=0, lt=1)
+    outlier_weights: float = Field(0, ge=0, lt=1)
     polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-2, ge=0)
@@ -64,6 +67,8 @@ class QuantizeConfig(MethodConfig):
     def _one_budget(self) -> QuantizeConfig:
         if (self.bits is None) == (self.code_bits is None):
             raise ValueError("give exactly one of bits and code_bits")
+        if self.outliers and self.outlier_weights:
+            raise ValueError("give either outliers (whole columns) or outlier_weights (single weights)")
         if self.refit and self.rounding == "rtn":
             raise ValueError("refit needs rounding: gptq or awq (round-to-nearest is the data-free baseline)")
         if self.scale_search and self.rounding == "rtn":
@@ -104,6 +109,7 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
             config.scale_bits,
             input_scale=config.scaled,
             outliers=config.outliers,
+            outlier_weights=config.outlier_weights,
         )
         spec = sum_spec(shape, [branch], bias=shape.down_bias)
         if config.bits is None or average_bits(spec, shape) <= config.bits:
@@ -117,7 +123,7 @@ def structure(shape: FFNShape, config: QuantizeConfig) -> SumSpec:
 @method(
     "quantize",
     summary="one bit width for all neurons, by round-to-nearest, AWQ or GPTQ",
-    paper="GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978; OWQ, arXiv 2306.02272 (`outliers`)",
+    paper="GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978; OWQ, arXiv 2306.02272, SpQR, arXiv 2306.03078 (outliers)",
     budget=("bits",),
     as_sum="one packed branch of all neurons",
     config=QuantizeConfig,
@@ -135,7 +141,7 @@ def quantize(data: LayerData, config: QuantizeConfig) -> SumFFN:
 
 def _folded(data: LayerData, down: StorageSpec) -> LayerData:
     """The same FFN with the input scales of `down` in the rows of `up`, exactly: they are powers of two."""
-    down = down.packed if isinstance(down, OutlierColumnsSpec) else down
+    down = down.packed if isinstance(down, OutlierColumnsSpec | OutlierWeightsSpec) else down
     assert isinstance(down, PackedSpec)
     ffn = data.ffn
     factor = search_input_scale(

@@ -17,6 +17,7 @@ from ffsplit.ffn.projections.masked import Masked, MaskedSpec
 from ffsplit.ffn.projections.monarch import Monarch, MonarchSpec
 from ffsplit.ffn.projections.n_m import NM, NMSpec
 from ffsplit.ffn.projections.outlier_columns import OutlierColumns, OutlierColumnsSpec
+from ffsplit.ffn.projections.outlier_weights import OutlierWeights, OutlierWeightsSpec
 from ffsplit.ffn.projections.packed import Packed, PackedSpec
 from ffsplit.ffn.projections.tied import Tied, TiedSpec
 
@@ -30,6 +31,7 @@ ProjectionSpec = Annotated[
     | MonarchSpec
     | NMSpec
     | OutlierColumnsSpec
+    | OutlierWeightsSpec
     | PackedSpec
     | TiedSpec,
     Field(discriminator="kind"),
@@ -46,6 +48,7 @@ STORAGES: dict[type[StorageSpec], type[Projection]] = {
     MonarchSpec: Monarch,
     NMSpec: NM,
     OutlierColumnsSpec: OutlierColumns,
+    OutlierWeightsSpec: OutlierWeights,
     PackedSpec: Packed,
     TiedSpec: Tied,
 }
@@ -76,6 +79,8 @@ __all__ = [
     "NMSpec",
     "OutlierColumns",
     "OutlierColumnsSpec",
+    "OutlierWeights",
+    "OutlierWeightsSpec",
     "Packed",
     "PackedSpec",
     "Projection",
