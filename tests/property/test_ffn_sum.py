@@ -151,15 +151,13 @@ def projections(rows: int, columns: int) -> st.SearchStrategy[StorageSpec]:
     shape = (rows, columns)
     blocks, cells = whole_blocks(columns, 3), whole_blocks(columns, min(rows, 2))
     few = PackedSpec(shape=(rows, max(columns - 2, 1)), bits=3, group=4)
-    whole = PackedSpec(shape=shape, bits=3, group=4)
+    single = OutlierWeightsSpec(shape=shape, packed=PackedSpec(shape=shape, bits=3, group=4), outliers=rows)
     return st.one_of(
         st.builds(BlockDenseSpec, shape=st.just(shape), blocks=st.just(blocks), rank=st.sampled_from([0, blocks])),
         st.builds(MonarchSpec, shape=st.just(shape), blocks=st.just(cells), rank=st.integers(0, 2)),
         st.just(OutlierColumnsSpec(shape=shape, packed=few) if columns > 2 else DenseSpec(shape=shape)),
         # One a row, as the counts of these tests have them.
-        st.just(
-            OutlierWeightsSpec(shape=shape, packed=whole, outliers=rows) if columns > 1 else DenseSpec(shape=shape)
-        ),
+        st.just(single if columns > 1 else DenseSpec(shape=shape)),
         st.just(DenseSpec(shape=shape)),
         st.builds(LowRankSpec, shape=st.just(shape), rank=st.integers(0, 5)),
         # As many values as a mask whose bytes are all 1 needs, as the states of these tests have them.
