@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from ffsplit.kernels.dispatch import reference_only
 from ffsplit.ops.rounding import encode, fit_grid
 from ffsplit.pipeline.load import open_source
 from ffsplit.provenance import provenance
-from ffsplit.timing import medians
+from ffsplit.timing import Clock, medians
 
 SHAPES = ((2048, 5632, True), (768, 3072, False))
 TOKENS = (1, 128)
@@ -65,6 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "split low rank": {"method": "ffsplit", "keep": KEEP},
     "pruned": {"method": "prune", "keep": KEEP, "align": ALIGN},
 }
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
 Make = Callable[[int, int], Projection]
 
 
@@ -72,10 +73,10 @@ def matrix(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns) * columns**-0.5
 
 
-def packed(bits: int, rows: int, columns: int) -> Projection:
+def packed(bits: int, rows: int, columns: int, group: int = GROUP) -> Projection:
     weight = matrix(rows, columns)
-    grid = fit_grid(weight, bits, GROUP, symmetric=False)
-    return Packed.from_codes(encode(weight, grid, bits), grid, bits=bits, group=GROUP)
+    grid = fit_grid(weight, bits, group, symmetric=False)
+    return Packed.from_codes(encode(weight, grid, bits), grid, bits=bits, group=group)
 
 
 def int8(rows: int, columns: int) -> Projection:
@@ -112,13 +113,15 @@ def sums(d_model: int, d_ff: int, gated: bool) -> dict[str, SumFFN]:
         "int8": ffn(branch(d_ff, int8)),
         "int8 codes in groups": ffn(branch(d_ff, partial(packed, 8))),
         "int4": ffn(branch(d_ff, partial(packed, 4))),
+        "int4 in groups of 256": ffn(branch(d_ff, partial(packed, 4, group=256))),
+        "int2": ffn(branch(d_ff, partial(packed, 2))),
         "int8 heavy + int4": ffn(branch(heavy, partial(packed, 8)), branch(light, partial(packed, 4))),
         "split low rank": split,
         "pruned": ffn(branch(width, dense)),
     }
 
 
-def ffn_rows(rounds: int) -> Iterator[dict[str, Any]]:
+def ffn_rows(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
     flush = np.zeros(FLUSH_BYTES // 4, dtype=np.float32)
     for d_model, d_ff, gated in SHAPES:
         torch.manual_seed(0)
@@ -131,7 +134,7 @@ def ffn_rows(rounds: int) -> Iterator[dict[str, Any]]:
         off = {name: _off(run, x, answers[name]) for name, run in running.items()}
         for tokens in TOKENS:
             measures = [
-                partial(_seconds, run, x[:, :tokens], flush if tokens == 1 else None) for run in running.values()
+                partial(_seconds, clock, run, x[:, :tokens], flush if tokens == 1 else None) for run in running.values()
             ]
             times = dict(zip(running, medians(measures, rounds, warmup=3), strict=True))
             for name, seconds in times.items():
@@ -156,7 +159,7 @@ def _beside_pruned(name: str, d_model: int, tokens: int, ratio: float) -> dict[s
     return {"over_pruned": ratio, "over_pruned_limit": LIMITS.get((d_model, tokens))}
 
 
-def encoder_rows(rounds: int) -> Iterator[dict[str, Any]]:
+def encoder_rows(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
     """MiniLM-L6 as it is and compressed on the built-in text, exported by the same function."""
     ids = torch.randint(1000, 30000, (1, 128), generator=torch.Generator().manual_seed(0)).numpy()
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
@@ -169,7 +172,7 @@ def encoder_rows(rounds: int) -> Iterator[dict[str, Any]]:
             saved = ffsplit.save(result, Path(folder) / f"{name} checkpoint")
             running[name] = _encoder(str(saved.directory), Path(folder) / name)
         times = dict(
-            zip(running, medians([partial(_run, run, feed) for run in running.values()], rounds, 3), strict=True)
+            zip(running, medians([partial(_run, clock, run, feed) for run in running.values()], rounds, 3), strict=True)
         )
     for name, seconds in times.items():
         yield {"row": name, "milliseconds": seconds * 1e3, "times_dense": times["dense"] / seconds}
@@ -190,21 +193,27 @@ def _off(run: Any, x: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _seconds(run: Any, x: Tensor, flush: np.ndarray[Any, Any] | None) -> float:
+def _seconds(clock: Clock, run: Any, x: Tensor, flush: np.ndarray[Any, Any] | None) -> float:
     if flush is not None:
         flush.sum()
-    return _run(run, {run.get_inputs()[0].name: x.contiguous().numpy()})
+    return _run(clock, run, {run.get_inputs()[0].name: x.contiguous().numpy()})
 
 
-def _run(run: Any, feed: dict[str, Any]) -> float:
-    start = perf_counter()
+def _run(clock: Clock, run: Any, feed: dict[str, Any]) -> float:
+    start = clock()
     run.run(None, feed)
-    return perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu leaves out the time in which other programs had the core",
+    )
     parser.add_argument("--only", choices=["ffn", "encoder"])
     parser.add_argument("--out", default="onnx-cpu")
     options = parser.parse_args()
@@ -214,7 +223,7 @@ def main() -> None:
     for part, rows in (("ffn", ffn_rows), ("encoder", encoder_rows)):
         if options.only in (None, part):
             parts[part] = []
-            for row in rows(options.rounds):
+            for row in rows(options.rounds, CLOCKS[options.clock]):
                 parts[part].append(row)
                 print(row, flush=True)
     content = {
@@ -222,6 +231,7 @@ def main() -> None:
         "packages": {package: metadata.version(package) for package in PACKAGES},
         "load_average": {"before": before, "after": os.getloadavg()},
         "rounds": options.rounds,
+        "clock": options.clock,
         "threads": 1,
         "model": "all-MiniLM-L6-v2",
         **parts,

@@ -14,10 +14,12 @@ from ffsplit.ffn.projections import Packed, PackedSpec
 from ffsplit.kernels.packed import decoded_scale
 from ffsplit.ops.packing import pack, unpack
 
-BLOCKS = (128, 64, 32, 16)
-"""Block sizes, the fastest first; 256 is faster still, and its rounding of inputs coarser than our usual groups."""
-WIDTHS = (4, 8)
-"""Bits that there are kernels for; other codes are stored in the next wider ones, which leaves their values alone."""
+BLOCKS = (256, 128, 64, 32, 16)
+"""Block sizes, the fastest first."""
+WIDTHS = (2, 4, 8)
+"""Bits of a code in the graph; others are stored in the next wider ones, which leaves their values alone."""
+SMALLEST_PAIRS = 32
+"""Blocks below this have a fast kernel for 4 and 8 bits, but none for 2."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class BlockCodes:
             block up have code 0 and meet no input.
         scale: of every row and block.
         zero: of every row and block, packed along the row; None means ``2 ** (bits - 1)``.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         block: columns that share a scale.
         columns: of the matrix.
     """
@@ -74,7 +76,8 @@ def block_codes(packed: Packed) -> BlockCodes:
     if block is None:
         raise ValueError(f"groups of {spec.group} columns are no multiple of {BLOCKS[-1]}")
     rows, columns = spec.shape
-    bits = next(width for width in WIDTHS if width >= spec.bits)
+    widths = WIDTHS if block >= SMALLEST_PAIRS else WIDTHS[1:]
+    bits = next(width for width in widths if width >= spec.bits)
     blocks = -(-columns // block)
     codes = unpack(packed.codes, spec.bits, columns)
     if spec.symmetric:

@@ -24,10 +24,18 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Node(nn.Module):
-    """``x W^T`` as one node, or a few around one. Nodes of equal ``key`` read the same input in one."""
+    """``x W^T`` as one node, or a few around one. Nodes of equal ``key`` can read the same input in one.
+
+    Attributes:
+        key: what has to be equal for that.
+        rows: outputs.
+        worth: how many such nodes have to come together before one is faster than they are: its output has to be cut
+            up, which copies it.
+    """
 
     key: tuple[object, ...]
     rows: int
+    worth: int = 2
 
     def stacked(self, others: Sequence[Node]) -> Node:
         """One node with the outputs of this one and then those of the others, all of the same key."""
@@ -40,6 +48,7 @@ AnyNode = TypeVar("AnyNode", bound=Node)
 class Plain(Node):
     """A float matrix."""
 
+    worth = 3
     weight: Tensor
 
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
@@ -101,7 +110,10 @@ class NBits(Node):
 
 
 class RowInt8(Node):
-    """Int8 weights times inputs that are rounded to int8 per token, exactly as `ffsplit.kernels.int8` rounds them."""
+    """Int8 weights times inputs that are rounded to int8 per token, exactly as `ffsplit.kernels.int8` rounds them.
+
+    Several of one input stay apart: the tracer finds that they round it alike and does so once.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -114,12 +126,8 @@ class RowInt8(Node):
         self.register_buffer("scale", scale.float())
         self.register_buffer("one", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero", torch.full((), ZERO, dtype=torch.uint8))
-        self.key = ("row_int8",)
+        self.key = ("row_int8", id(self))
         self.rows = codes.shape[0]
-
-    def stacked(self, others: Sequence[Node]) -> RowInt8:
-        nodes = _alike(self, others)
-        return RowInt8(torch.cat([node.codes.T for node in nodes]), torch.cat([node.scale for node in nodes]))
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         # A token of zeros has zero codes at any scale.

@@ -1,4 +1,4 @@
-"""A compressed FFN as modules for the tracer, with one node where several projections read the same input."""
+"""A compressed FFN as modules for the tracer, with one node where many projections read the same input."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def exportable(ffn: SumFFN) -> nn.Module:
 class MergedSum(nn.Module):
     """``sum_b branch_b(x) + linear(x) + bias``, where all that read ``x`` in the same way share one matrix product.
 
-    At one token a node costs more to start than a small projection takes; and ONNX Runtime rounds ``x`` anew for
-    every node.
+    At one token a node costs about as much to start as a small projection takes, and ONNX Runtime rounds ``x`` anew
+    for every node of packed codes.
     """
 
     def __init__(self, branches: Sequence[Branch], linear: Projection | None, bias: Tensor | None) -> None:
@@ -94,10 +94,7 @@ class _Reader(nn.Module):
     def __init__(self, projections: Sequence[Projection]) -> None:
         super().__init__()
         parts = [written(projection) for projection in projections]
-        groups: dict[tuple[object, ...], list[int]] = {}
-        for place, part in enumerate(parts):
-            groups.setdefault(part.node.key, []).append(place)
-        self.places = list(groups.values())
+        self.places = _groups([part.node for part in parts])
         self.rows = [[parts[place].node.rows for place in places] for places in self.places]
         self.nodes = nn.ModuleList(_stacked([parts[place].node for place in places]) for places in self.places)
         self.then = nn.ModuleList(nn.Identity() if part.then is None else part.then for part in parts)
@@ -109,6 +106,17 @@ class _Reader(nn.Module):
             pieces = [out] if len(places) == 1 else torch.split(out, rows, dim=-1)
             found |= dict(zip(places, pieces, strict=True))
         return [then(found[place]) for place, then in enumerate(self.then)]
+
+
+def _groups(nodes: Sequence[Node]) -> list[list[int]]:
+    """The places of the nodes that become one, in the order of their first."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, node in enumerate(nodes):
+        alike.setdefault(node.key, []).append(place)
+    groups: list[list[int]] = []
+    for places in alike.values():
+        groups += [places] if len(places) >= nodes[places[0]].worth else [[place] for place in places]
+    return groups
 
 
 def _stacked(nodes: list[Node]) -> Node:
