@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 import ffsplit
 from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import DataError, RecipeError, ResumeError
+from ffsplit.families import find_ffns, read
 from ffsplit.ffn.projections import NM, Masked, Packed, Tied
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.pipeline.recover import recovery_of
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
 from ffsplit.recover.head_loss import through_head
+from ffsplit.recover.layers import Layer
+from ffsplit.recover.refit import refit_layer
 from ffsplit.recover.run import recover_model
 from ffsplit.recover.text import recovery_text
 from ffsplit.recover.weights import as_sums
@@ -241,6 +244,72 @@ def test_tied_projections_stay_tied() -> None:
     assert notes["held_out_loss"] < notes["held_out_loss_before"]
     owners = [id(module.owner) for module in tied]
     assert all(owner in set(map(id, student.modules())) for owner in owners)
+
+
+SVD = {"method": {"method": "svd", "keep": 0.5}}
+PRUNED = {"method": {"method": "prune", "keep": 0.5, "score": "magnitude", "refit": False}}
+LINEAR = {"method": {"method": "ffsplit", "keep": 0.5, "rest": "linear"}}
+PACKED = {"method": {"method": "quantize", "code_bits": 2, "rounding": "rtn", "refit": False, "group": 16}}
+
+
+@pytest.mark.parametrize("prefix", ["compressed", "dense"])
+@pytest.mark.parametrize("recipe", [SVD, PRUNED, PACKED], ids=["svd", "prune", "quantize"])
+def test_every_ffn_learns_from_its_original(recipe: dict[str, Any], prefix: str) -> None:
+    dense = strong("llama")
+    student = compressed(dense, recipe)
+    specs = [module.spec for module in _modules(student, SumFFN)]
+    notes = recovered(student, dense, stages="blocks", prefix=prefix, steps=20, lr=2e-3)
+    assert len(notes["layers"]) == 2
+    assert all(layer["held_out_loss"] < layer["held_out_loss_before"] for layer in notes["layers"])
+    assert [module.spec for module in _modules(student, SumFFN)] == specs
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "bert-mlm"])
+@pytest.mark.parametrize("recipe", [SVD, PRUNED], ids=["svd", "prune"])
+def test_output_maps_are_solved_for(recipe: dict[str, Any], name: str) -> None:
+    dense = strong(name)
+    student = compressed(dense, recipe)
+    windows = TokenWindows.from_ids(torch.randint(5, 100, (160, 16), generator=torch.Generator().manual_seed(0)))
+    done = recover_model(student, dense, windows, settings(stages="refit"), device=CPU)["stages"][0]
+    assert all(layer["held_out_loss"] < 0.98 * layer["held_out_loss_before"] for layer in done["layers"])
+
+
+def test_the_refit_of_dense_maps_is_least_squares() -> None:
+    """Against torch's own solver, on the very rows."""
+    dense = strong("llama-biased")
+    student = pruned(dense)
+    module = _modules(student, SumFFN)[0]
+    ffn = find_ffns(dense).sites[0]
+    rows = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    layer = Layer(0, "ffn", module, read(dense, ffn), rows[:500], rows[500:])
+    with torch.no_grad():
+        wanted = layer.wanted(layer.inputs)
+        hidden = torch.cat([module.branches[0].hidden(layer.inputs), torch.ones(500, 1)], dim=1)
+        solution = torch.linalg.lstsq(hidden.double(), wanted.double()).solution
+        module.branches[0].down.weight.mul_(0.5)  # so that there is something to gain on other rows too
+        refit_layer(layer)
+    torch.testing.assert_close(module.branches[0].down.weight.double(), solution[:-1].T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.bias.double(), solution[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_stages_follow_each_other_and_a_killed_one_goes_on(tmp_path: Path) -> None:
+    dense = strong("llama")
+    start = compressed(dense, SVD)
+    config = settings(stages="refit,blocks,model", steps=5, lr=1e-3)
+    whole, part = copy.deepcopy(start), copy.deepcopy(start)
+    notes = recover_model(whole, dense, WINDOWS, config, device=CPU)
+    assert [stage["stage"] for stage in notes["stages"]] == ["refit", "blocks", "model"]
+
+    def die(label: str, done: int, _total: int) -> None:
+        if label == "blocks" and done == 1:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        recover_model(part, dense, WINDOWS, config, device=CPU, folder=tmp_path, progress=die)
+    assert (tmp_path / "blocks-0000-done.safetensors").is_file()
+    resumed = copy.deepcopy(start)
+    recover_model(resumed, dense, WINDOWS, config, device=CPU, folder=tmp_path)
+    assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
 
 
 def test_half_precision_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

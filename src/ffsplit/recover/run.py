@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import RecipeError
 from ffsplit.provenance import hash_model
+from ffsplit.recover.blocks import distil_layer
 from ffsplit.recover.config import Recovery, Stage
+from ffsplit.recover.layers import Tour, Work, summary
 from ffsplit.recover.lora import require_peft
+from ffsplit.recover.refit import refit_layer
 from ffsplit.recover.store import Store
 from ffsplit.recover.text import Text, recovery_text
 from ffsplit.recover.weights import as_sums, same_structure
@@ -111,8 +114,6 @@ def check_possible(config: Recovery, has_teacher: bool) -> None:
     needy = [stage for stage in config.stages if stage != "model"]
     if needy and not has_teacher:
         raise RecipeError(f"stage {needy[0]} compares every FFN with its dense original: give the teacher")
-    if unknown := [stage for stage in config.stages if stage not in _STAGES]:
-        raise RecipeError(f"stage {unknown[0]} is not there yet; there is {', '.join(_STAGES)}")
     if config.lora is not None:
         require_peft()
 
@@ -143,7 +144,24 @@ def _whole(scene: Scene) -> dict[str, Any]:
     )
 
 
-_STAGES: dict[Stage, Callable[[Scene], dict[str, Any]]] = {"model": _whole}
+def _blocks(scene: Scene) -> dict[str, Any]:
+    store = scene.store
+    state = None if store is None else store.state
+    identity = "" if store is None else store.identity
+    return _layerwise(scene, "blocks", distil_layer(scene.config, identity, state, scene.group))
+
+
+def _refit(scene: Scene) -> dict[str, Any]:
+    return _layerwise(scene, "refit", refit_layer)
+
+
+def _layerwise(scene: Scene, stage: Stage, work: Work) -> dict[str, Any]:
+    assert scene.teacher is not None
+    tour = Tour(scene.student, scene.teacher, scene.text, scene.config, scene.store, stage, work, scene.progress)
+    return summary(stage, tour.run())
+
+
+_STAGES: dict[Stage, Callable[[Scene], dict[str, Any]]] = {"refit": _refit, "blocks": _blocks, "model": _whole}
 
 
 def _identity(

@@ -81,14 +81,18 @@ class Text:
         for number, chosen in enumerate(torch.split(rows, self.batch_size)):
             yield self._sample(chosen, -1 - number)
 
-    def _sample(self, rows: Int[Tensor, " batch"], number: int) -> Sample:
+    def plain(self, rows: Int[Tensor, " batch"]) -> dict[str, Tensor]:
+        """Some windows as they are, padding common to all cut off."""
         ids, mask = self.windows.input_ids[rows], self.windows.attention_mask
-        inputs = {"input_ids": ids}
-        if mask is not None:
-            mask = mask[rows]
-            longest = max(1, int(mask.any(0).nonzero().max()) + 1) if bool(mask.any()) else 1
-            ids, mask = ids[:, :longest], mask[:, :longest]
-            inputs = {"input_ids": ids, "attention_mask": mask}
+        if mask is None:
+            return {"input_ids": ids}
+        mask = mask[rows]
+        longest = max(1, int(mask.any(0).nonzero().max()) + 1) if bool(mask.any()) else 1
+        return {"input_ids": ids[:, :longest], "attention_mask": mask[:, :longest]}
+
+    def _sample(self, rows: Int[Tensor, " batch"], number: int) -> Sample:
+        inputs = self.plain(rows)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if self.causal:
             return Sample(inputs, _next_tokens(ids, mask))
         if self.mask_id is None:

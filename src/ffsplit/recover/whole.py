@@ -84,7 +84,7 @@ def distil_model(
 
 
 @contextmanager
-def prepared(student: PreTrainedModel, config: Recovery) -> Iterator[dict[str, nn.Parameter]]:
+def prepared(student: nn.Module, config: Recovery) -> Iterator[dict[str, nn.Parameter]]:
     """Float32 masters, factors of scales, adapters: whatever the configuration trains; put back in order afterwards."""
     with ExitStack() as stack:
         stack.enter_context(in_float32(student))
