@@ -102,6 +102,15 @@ def test_paths_that_the_pages_name_exist(page: Path) -> None:
     assert lost == []
 
 
+def test_speeds_of_whole_models_are_those_that_were_measured() -> None:
+    page = (DOCS / "bench.md").read_text(encoding="utf-8")
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "end-to-end-cpu.json").read_text(encoding="utf-8"))
+    names = ("ffsplit", "int4", "w8a8", "prune-0.5", "none")
+    for phase in results["phases"]:
+        speeds = " | ".join(f"x{phase['speeds'][name]:.2f}" for name in names)
+        assert f"| {phase['phase']} {phase['tokens']} | {1e3 * phase['seconds']['dense']:,.1f} | {speeds} |" in page
+
+
 @pytest.fixture(scope="module")
 def reader() -> dict[str, Any]:
     """The functions that docs/checkpoint.md gives for reading packed projections without ffsplit."""
