@@ -199,15 +199,15 @@ def test_what_is_kept_is_made_once_and_is_no_state() -> None:
 def test_without_room_decoded_matrices_are_not_kept_and_the_numbers_are_the_same() -> None:
     x = torch.randn(40, 256)
     kept, not_kept = packed(4), packed(4)
-    room = cache.decoded_room()
+    room = cache.decoded_room(torch.device("cpu"))
     found = kept(x)
-    assert room - cache.decoded_room() == 4 * 272 * 256
+    assert room - cache.decoded_room(torch.device("cpu")) == 4 * 272 * 256
     cache.set_decoded_limit(0)
     assert torch.equal(not_kept(x), found)
     assert not_kept.derived.is_empty
     kept.derived.drop()
     cache.set_decoded_limit(None)
-    assert cache.decoded_room() == room
+    assert cache.decoded_room(torch.device("cpu")) == room
     with pytest.raises(ValueError, match="limit=-1"):
         cache.set_decoded_limit(-1)
 

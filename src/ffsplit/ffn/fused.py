@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from torch.nn import functional
 from transformers import activations
 
 from ffsplit.ffn.projections import Dense, Packed, Projection
+from ffsplit.kernels.cache import DerivedCache
+from ffsplit.kernels.float8_ffn import Float8FFN, float8_ffn, run_float8, wants_float8
 from ffsplit.kernels.low_bit import LowBitShape, low_bit_ffn, takes
 
 if TYPE_CHECKING:
@@ -43,12 +46,13 @@ def activation_name(act: nn.Module) -> str | None:
 class FusedBranches:
     """Which kernels run the branches of a sum, found when they are first needed and again after one was replaced.
 
-    It holds no modules or tensors, so that copies and pickles of a sum may take it along.
+    Copies and pickles of a sum find them anew.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[weakref.ref[nn.Module] | None, ...] = ()
         self._shapes: tuple[LowBitShape, ...] | None = None
+        self.derived = DerivedCache()
 
     def __call__(
         self, x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], bias: Tensor | None
@@ -58,24 +62,80 @@ class FusedBranches:
         if x.device.type != "cuda" or not branches:
             return None
         shapes = self._found(branches)
-        if shapes is None or not all(takes(x, shape) for shape in shapes):
+        if shapes is None:
             return None
-        total: Tensor | None = None
-        for at, shape in enumerate(shapes):
-            pair = branches[2 * at : 2 * at + 2]
-            out = low_bit_ffn(x, [*_tensors(pair), bias if at == 0 else None], shape)
-            if out is None:
-                return None
-            total = out if total is None else total + out
-        return total
+        tensors = [_tensors(branches[at : at + 2]) for at in range(0, len(branches), 2)]
+        if not _may_run(x, [*(tensor for part in tensors for tensor in part), bias]):
+            return None
+        if all(takes(x, shape) for shape in shapes):
+            return _low_bit(x, tensors, bias, shapes)
+        if not wants_float8(x, sum(sum(shape.neurons) for shape in shapes)):
+            return None
+        sources = [tensor for part in tensors for tensor in part] + [bias]
+        act = shapes[0].act
+        return run_float8(x, self.derived.get("float8", sources, lambda: _as_float8(branches, bias, act, x.dtype)))
 
     def _found(self, branches: Sequence[Branch]) -> tuple[LowBitShape, ...] | None:
         if torch.compiler.is_compiling():
             return low_bit_shapes(branches)
-        seen = tuple(id(module) for b in branches for module in (b, b.act, b.up, b.gate, b.down, b.selector))
-        if seen != self._seen:
-            self._seen, self._shapes = seen, low_bit_shapes(branches)
+        modules = [module for b in branches for module in (b, b.act, b.up, b.gate, b.down, b.selector)]
+        seen = self._seen
+        same = len(seen) == len(modules) and all(
+            module is (None if ref is None else ref()) for ref, module in zip(seen, modules, strict=True)
+        )
+        if not same:
+            self._seen = tuple(None if module is None else weakref.ref(module) for module in modules)
+            self._shapes = low_bit_shapes(branches)
         return self._shapes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedBranches:
+        return FusedBranches()
+
+    def __reduce__(self) -> tuple[type[FusedBranches], tuple[()]]:
+        return FusedBranches, ()
+
+
+def _may_run(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing is differentiated, and all tensors are where the inputs are and in their dtype."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *present)):
+        return False
+    return all(t.device == x.device and (t.dtype == x.dtype or not t.is_floating_point()) for t in present)
+
+
+def _low_bit(
+    x: Tensor, tensors: Sequence[list[Tensor | None]], bias: Tensor | None, shapes: Sequence[LowBitShape]
+) -> Tensor | None:
+    """The sum over pairs of branches; the first one adds the bias."""
+    total: Tensor | None = None
+    for at, (part, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        out = low_bit_ffn(x, [*part, bias if at == 0 else None], shape)
+        if out is None:
+            return None
+        total = out if total is None else total + out
+    return total
+
+
+def _as_float8(branches: Sequence[Branch], bias: Tensor | None, act: str, dtype: torch.dtype) -> Float8FFN:
+    """All branches as one dense FFN, rounded."""
+    gates = [branch.gate.dense(dtype) for branch in branches if branch.gate is not None]
+    ups = [branch.up.dense(dtype) for branch in branches]
+    return float8_ffn(
+        torch.cat(ups),
+        torch.cat([branch.down.dense(dtype) for branch in branches], dim=1),
+        act,
+        gate=torch.cat(gates) if gates else None,
+        up_bias=_joined_biases([branch.up_bias for branch in branches], ups),
+        gate_bias=_joined_biases([branch.gate_bias for branch in branches], ups),
+        bias=bias,
+    )
+
+
+def _joined_biases(biases: Sequence[Tensor | None], ups: Sequence[Tensor]) -> Tensor | None:
+    """Biases of all branches, zeros where one has none; None if no branch has any."""
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat([up.new_zeros(len(up)) if b is None else b for b, up in zip(biases, ups, strict=True)])
 
 
 def low_bit_shapes(branches: Sequence[Branch]) -> tuple[LowBitShape, ...] | None:

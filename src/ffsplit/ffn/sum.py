@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
+from ffsplit.ffn.fused import FusedBranches
 from ffsplit.ffn.lookup import Lookup
 from ffsplit.ffn.merged import merged_sum
 from ffsplit.ffn.projections import Dense, Projection, empty_projection
@@ -126,6 +127,7 @@ class SumFFN(nn.Module):
         self.skip = skip
         self.register_parameter("bias", _parameter(bias))
         self.derived = DerivedCache()
+        self._fused = FusedBranches()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # A cast or a move may leave the tensors' versions as they were.
@@ -176,7 +178,8 @@ class SumFFN(nn.Module):
         return self._sum(x) if self.skip is None else self.skip(x, self._sum)  # type: ignore[no-any-return]
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
-        total = merged_sum(x, self._branches(), self.derived)
+        fused = self._fused(x, self._branches(), self.bias)
+        total = merged_sum(x, self._branches(), self.derived) if fused is None else fused
         for branch in self.branches if total is None else ():
             out = branch(x)
             total = out if total is None else total + out
@@ -186,7 +189,7 @@ class SumFFN(nn.Module):
                 total = out if total is None else total + out
         if total is None:
             total = torch.zeros_like(x)
-        return total if self.bias is None else total + self.bias
+        return total if fused is not None or self.bias is None else total + self.bias
 
     @torch.no_grad()
     def to_weights(self, dtype: torch.dtype | None = None) -> FFNWeights:

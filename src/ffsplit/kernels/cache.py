@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar, cast
+from functools import cache
+from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
 State = tuple[tuple[int, int], ...]
 SHARE_OF_MEMORY = 0.25
-"""Of the machine's memory, which decoded matrices may fill unless :func:`set_decoded_limit` was told otherwise."""
+"""Of a device's memory, which decoded matrices may fill unless :func:`set_decoded_limit` was told otherwise."""
 
 
 class DerivedCache:
@@ -71,20 +74,20 @@ class DerivedCache:
 
 
 class _Decoded:
-    """Bytes of the decoded matrices that this process keeps."""
+    """Bytes of the decoded matrices that this process keeps, by device."""
 
-    kept = 0
+    kept: ClassVar[Counter[torch.device]] = Counter()
     limit: int | None = None
 
 
 def set_decoded_limit(limit: int | None) -> None:
-    """How many bytes of decoded matrices all caches of this process may keep together.
+    """How many bytes of decoded matrices all caches of this process may keep together, on each device.
 
     Matrices that are kept already stay. One for which there is no room is decoded at every forward, which takes longer
     and gives the same numbers.
 
     Args:
-        limit: bytes; 0 keeps none; None is a quarter of the machine's memory.
+        limit: bytes; 0 keeps none; None is a quarter of the device's memory.
 
     Raises:
         ValueError: it is negative.
@@ -94,25 +97,28 @@ def set_decoded_limit(limit: int | None) -> None:
     _Decoded.limit = limit
 
 
-def decoded_room() -> int:
-    """Bytes of decoded matrices that may still be kept."""
-    limit = int(SHARE_OF_MEMORY * _memory()) if _Decoded.limit is None else _Decoded.limit
-    return limit - _Decoded.kept
+def decoded_room(device: torch.device) -> int:
+    """Bytes of decoded matrices that may still be kept on a device."""
+    limit = int(SHARE_OF_MEMORY * _memory(device)) if _Decoded.limit is None else _Decoded.limit
+    return limit - _Decoded.kept[device]
 
 
 def counted(matrix: Tensor) -> Tensor:
     """The matrix, counted as a decoded one for as long as it lives."""
-    _Decoded.kept += matrix.nbytes
-    weakref.finalize(matrix, _uncount, matrix.nbytes)
+    _Decoded.kept[matrix.device] += matrix.nbytes
+    weakref.finalize(matrix, _uncount, matrix.device, matrix.nbytes)
     return matrix
 
 
-def _uncount(size: int) -> None:
-    _Decoded.kept -= size
+def _uncount(device: torch.device, size: int) -> None:
+    _Decoded.kept[device] -= size
 
 
-def _memory() -> int:
-    """Bytes of memory of this machine; 0 where nobody says."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+@cache
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a device; 0 where nobody says."""
+    if device.type == "cuda":
+        return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The whole FFN in float8 for many tokens, on NVIDIA GPUs with float8 tensor cores: opt-in, since it rounds activations.
+"""The whole FFN in float8 for many tokens on NVIDIA GPUs; opt-in, since it rounds activations.
 
 The decoded weights, gate and up stacked, are kept as float8 with a scale a row (one byte a weight, beside the stored
 codes); inputs and hidden activations are rounded per token, the latter in the pass that computes them.

@@ -80,8 +80,6 @@ def takes(x: Float[Tensor, "*tokens d_model"], shape: LowBitShape) -> bool:
     """Whether the kernels are right for these inputs and, for so few tokens, faster than the plain path."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or not x.numel():
         return False
-    if torch.is_grad_enabled() and x.requires_grad:
-        return False
     few = x.numel() // shape.d_model <= MOST_TOKENS
     return few and shape.is_supported and nvrtc.is_supported(x.device.index or 0)
 
@@ -91,8 +89,8 @@ def low_bit_ffn(x: Float[Tensor, "*tokens d_model"], tensors: list[Tensor | None
 
     Args:
         x: bfloat16 or float16, on an NVIDIA GPU; see :func:`takes`.
-        tensors: for each branch, heavy first: codes, scales, zeros and row scales of gate, up and down (None for what is
-            not there; a dense matrix is codes only), then the biases of gate and up; at the end the bias of the sum.
+        tensors: for each branch, heavy first: codes, scales, zeros and row scales of gate, up and down (None for what
+            is not there; a dense matrix is codes only), then the biases of gate and up; at the end the bias of the sum.
             Codes as :func:`ffsplit.ops.packing.pack` makes them, scales as bits of float16 numbers (int16) or, with
             row scales, as multiples (uint8) of a 256th of them.
         shape: of the FFN.

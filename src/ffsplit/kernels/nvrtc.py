@@ -28,7 +28,7 @@ def source(name: str) -> str:
 
 @cache
 def kernel(name: str, instance: str, device: int) -> Kernel | None:
-    """A kernel, ready to be launched with ``grid``, ``block`` and ``args``; None where it cannot be compiled, said once.
+    """A kernel, to be launched with ``grid``, ``block`` and ``args``; None, and said once, where it cannot be compiled.
 
     Args:
         name: of the source.

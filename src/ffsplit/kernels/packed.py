@@ -149,6 +149,6 @@ def _kept_dense(matrix: PackedTensors, dtype: torch.dtype, cache: DerivedCache) 
     """The decoded matrix: the kept one, or one to be kept if there is room."""
     key = Path.DECODED, dtype
     rows, columns = matrix.shape
-    if not cache.holds(key, matrix.sources) and rows * columns * dtype.itemsize > decoded_room():
+    if not cache.holds(key, matrix.sources) and rows * columns * dtype.itemsize > decoded_room(matrix.packed.device):
         return matrix.dense(dtype)
     return cache.get(key, matrix.sources, lambda: counted(matrix.dense(dtype)))

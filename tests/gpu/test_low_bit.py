@@ -1,0 +1,160 @@
+"""The kernels over whole FFNs against float64 on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ffsplit.ffn.projections import Dense, Packed, Projection
+from ffsplit.ffn.sum import Branch, SumFFN
+from ffsplit.kernels import float8_ffn, low_bit
+from ffsplit.ops.rounding import Grid, nearest_scale
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+# (d_model, [(neurons, bits), ...], group, activation, gated, biases, 8-bit scales, symmetric)
+SUMS = [
+    (256, [(384, 4)], 128, "silu", True, False, False, False),
+    (576, [(128, 8), (1408, 4)], 64, "silu", True, True, False, False),
+    (192, [(64, 16), (128, 4)], 64, "gelu", False, True, False, False),
+    (256, [(128, 8), (256, 4)], 128, "gelu_new", True, False, False, True),
+    (160, [(160, 8)], 32, "relu", True, False, False, False),
+    (288, [(32, 4), (384, 4)], 32, "relu2", True, False, True, False),
+    (256, [(64, 4), (448, 3)], 64, "silu", True, True, False, False),
+    (512, [(128, 16), (128, 8), (320, 3), (256, 2)], 128, "silu", True, True, True, False),
+    (320, [(192, 3)], 128, "gelu", False, False, False, True),
+    (128, [(64, 2)], 64, "linear", True, False, False, False),
+]
+
+
+def matrix(rows: int, columns: int, bits: int, group: int, eight: bool, symmetric: bool) -> Projection:
+    if bits == 16:
+        return Dense(torch.randn(rows, columns) * columns**-0.5)
+    groups = -(-columns // group)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    scale = ((torch.rand(rows, groups) + 0.5) * columns**-0.5 / 2 ** max(bits - 2, 0)).to(torch.float16)
+    zero = torch.randint(0, 2**bits, (rows, groups), dtype=torch.uint8)
+    if symmetric:
+        zero.fill_(2 ** (bits - 1))
+    row_scale = scale.amax(1) * 1.01 if eight else None
+    if row_scale is not None:
+        scale = nearest_scale(scale.float(), row_scale)
+    grid = Grid(scale, zero, group, row_scale)
+    return Packed.from_codes(codes, grid, bits=bits, group=group, symmetric=symmetric)
+
+
+def sum_of(case: tuple[int, list[tuple[int, int]], int, str, bool, bool, bool, bool], dtype: torch.dtype) -> SumFFN:
+    d_model, parts, group, act, gated, biased, eight, symmetric = case
+    branches = []
+    for neurons, bits in parts:
+        made = [matrix(*size, bits, group, eight, symmetric) for size in ((neurons, d_model), (d_model, neurons))]
+        gate = matrix(neurons, d_model, bits, group, eight, symmetric) if gated else None
+        biases = [torch.randn(neurons) * 0.1 if biased and wanted else None for wanted in (True, gated)]
+        branches.append(Branch(ACT2FN[act], *made, gate, *biases))
+    return SumFFN(d_model, branches, bias=torch.randn(d_model) if biased else None).to(dtype).eval()
+
+
+def poison() -> None:
+    """Memory that the next allocations get is NaN."""
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
+        torch.full((size,), float("nan"), device="cuda")
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double().cpu() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("index", range(len(SUMS)))
+@torch.no_grad()
+def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = sum_of(SUMS[index], dtype)
+    launched = []
+    launch = low_bit._launch
+    monkeypatch.setattr(low_bit, "_launch", lambda *a: launched.append(1) or launch(*a))
+    on_gpu = copy.deepcopy(ffn).cuda()
+    for tokens in ((1, 7, 8), (9, 16, 17), (31, 33, 64))[index % 3]:
+        x = torch.randn(tokens, ffn.d_model).to(dtype)
+        exact = ffn.double()(x.double())
+        ffn.to(dtype)
+        poison()
+        found = on_gpu(x.cuda())
+        assert found.dtype == dtype
+        assert relative_error(found, exact) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+        assert torch.equal(found, on_gpu(x.cuda()))  # sums are added up in one order
+    assert launched
+
+
+@torch.no_grad()
+def test_shapes_of_inputs() -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x = torch.randn(2, 3, 2 * 576, device="cuda", dtype=torch.bfloat16)[..., ::2]  # not contiguous
+    torch.testing.assert_close(ffn(x), ffn(x.contiguous().view(6, 576)).view(2, 3, 576), rtol=0, atol=0)
+    assert ffn(x[:0]).shape == (0, 3, 576)
+
+
+def test_gradients_take_the_plain_path() -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x = torch.randn(3, 576, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = ffn(x)
+    out.float().square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+    with torch.no_grad():
+        torch.testing.assert_close(ffn(x), out, rtol=3e-2, atol=3e-2)
+
+
+@torch.no_grad()
+def test_a_captured_graph_replays_it() -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x = torch.randn(3, 576, device="cuda", dtype=torch.bfloat16)
+    ffn(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ffn(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, ffn(x))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="inductor")
+@torch.no_grad()
+def test_a_compiled_sum_calls_the_operator() -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x = torch.randn(3, 576, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(ffn, fullgraph=True, backend=os.environ.get("FFSPLIT_TEST_BACKEND", "aot_eager"))
+    torch.testing.assert_close(compiled(x), ffn(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_many_tokens_are_exact_unless_float8_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16)
+    x = torch.randn(200, 576).to(torch.bfloat16)
+    exact = ffn.double()(x.double())
+    on_gpu = ffn.to(torch.bfloat16).cuda()
+    assert relative_error(on_gpu(x.cuda()), exact) < 8e-3
+    monkeypatch.setattr(float8_ffn._Mode, "prefill", "float8")
+    poison()
+    rounded = relative_error(on_gpu(x.cuda()), exact)
+    assert 8e-3 < rounded < 8e-2
+    assert not on_gpu._fused.derived.is_empty
+    on_gpu.branches[0].up.codes.zero_()
+    changed = copy.deepcopy(on_gpu).cpu().double()(x.double())
+    assert relative_error(on_gpu(x.cuda()), changed) < 8e-2
+
+
+def test_other_modules_are_left_alone() -> None:
+    act = nn.Softplus()
+    branch = Branch(act, matrix(64, 64, 4, 64, False, False), matrix(64, 64, 4, 64, False, False))
+    ffn = SumFFN(64, [branch]).to(torch.bfloat16).eval()
+    x = torch.randn(5, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(ffn).cuda()(x.cuda()).cpu(), ffn(x), rtol=3e-2, atol=3e-2)

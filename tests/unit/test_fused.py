@@ -1,0 +1,126 @@
+"""Which sums the kernels over whole FFNs take, and what they are told of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from ffsplit.ffn.fused import FusedBranches, activation_name, low_bit_shapes
+from ffsplit.ffn.projections import Dense, Packed, Projection
+from ffsplit.ffn.sum import Branch, SumFFN
+from ffsplit.kernels import nvrtc
+from ffsplit.kernels.float8_ffn import set_prefill
+from ffsplit.kernels.low_bit import ACTIVATIONS, LowBitShape, takes
+from ffsplit.ops.rounding import Grid
+
+FORMULAS = {
+    "identity": lambda v: v,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
+    "relu": functional.relu,
+    "relu_squared": lambda v: functional.relu(v).square(),
+}
+
+
+def packed(rows: int, columns: int, bits: int, group: int = 64) -> Packed:
+    groups = -(-columns // group)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    zero = torch.randint(0, 2**bits, (rows, groups), dtype=torch.uint8)
+    grid = Grid(torch.rand(rows, groups).to(torch.float16) + 0.5, zero, group)
+    return Packed.from_codes(codes, grid, bits=bits, group=group)
+
+
+def branch(neurons: int, bits: int, act: nn.Module | None = None, d_model: int = 64, gated: bool = True) -> Branch:
+    def stored(rows: int, columns: int) -> Projection:
+        return Dense(torch.randn(rows, columns)) if bits == 16 else packed(rows, columns, bits)
+
+    gate = stored(neurons, d_model) if gated else None
+    return Branch(act or nn.SiLU(), stored(neurons, d_model), stored(d_model, neurons), gate)
+
+
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "relu2", "linear"]
+)
+def test_an_activation_has_the_name_of_what_it_computes(name: str) -> None:
+    act = ACT2FN[name]
+    found = activation_name(act)
+    assert found in ACTIVATIONS
+    x = torch.linspace(-6, 6, 101)
+    torch.testing.assert_close(act(x), FORMULAS[found](x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "mish", "gelu_python", "sigmoid"])
+def test_other_activations_have_none(name: str) -> None:
+    assert activation_name(ACT2FN[name]) is None
+    assert low_bit_shapes([branch(64, 4, ACT2FN[name])]) is None
+
+
+def test_branches_go_two_at_a_time() -> None:
+    found = low_bit_shapes([branch(64, 16), branch(128, 4), branch(192, 3)])
+    assert found == (
+        LowBitShape(64, (64, 128), (16, 4), 64, True, "silu"),
+        LowBitShape(64, (192,), (3,), 64, True, "silu"),
+    )
+    assert [LowBitShape.from_numbers(shape.numbers()) for shape in found] == list(found)
+    assert found[0].padded == 192
+
+
+def test_what_the_kernels_do_not_read() -> None:
+    assert low_bit_shapes([branch(64, 16)]) is None  # dense: a matrix library is better
+    assert low_bit_shapes([branch(72, 4)]) is None  # rows of down that start anywhere
+    assert low_bit_shapes([branch(96, 3)]) is None
+    assert low_bit_shapes([branch(64, 5)]) is None
+    assert low_bit_shapes([branch(64, 4), branch(64, 4, gated=False)]) is None
+    mixed = branch(64, 4)
+    mixed.down = packed(64, 64, 8)
+    assert low_bit_shapes([mixed]) is None
+    mixed.down = packed(64, 64, 4, group=32)
+    assert low_bit_shapes([mixed]) is None
+
+
+def test_only_few_halves_on_a_gpu_are_taken() -> None:
+    shape = LowBitShape(64, (64,), (4,), 64, True, "silu")
+    assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16), shape)
+    assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"), shape)
+
+
+def test_a_replaced_projection_is_noticed_and_copies_start_anew() -> None:
+    one = branch(64, 4)
+    fused = FusedBranches()
+    assert fused._found([one]) == low_bit_shapes([one])
+    one.up, one.gate, one.down = packed(64, 64, 8), packed(64, 64, 8), packed(64, 64, 8)
+    (shape,) = fused._found([one]) or ()
+    assert shape.bits == (8,)
+    whole = SumFFN(64, [one])
+    whole._fused._found([one])
+    for again in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert again._fused._seen == ()
+        assert torch.equal(again(torch.ones(1, 64)), whole(torch.ones(1, 64)))
+
+
+def test_the_operator_has_a_fake() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(3, 64, dtype=torch.bfloat16)
+        shape = LowBitShape(64, (64,), (4,), 64, True, "silu")
+        out: Tensor = torch.ops.ffsplit.low_bit_ffn(x, [None] * 15, shape.numbers())
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+
+
+def test_sources_belong_to_the_package() -> None:
+    for name in ("low_bit", "float8_rows"):
+        assert "__global__" in nvrtc.source(name)
+
+
+def test_prefill_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="exact, float8"):
+        set_prefill("int8")  # type: ignore[arg-type]
