@@ -25,13 +25,14 @@ from torch.nn import functional as F
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels.float8_ffn import set_prefill
+from ffsplit.kernels.low_bit import MOST_TOKENS
 from ffsplit.ops.rounding import Grid
 from ffsplit.provenance import provenance
 
 GROUP = 128
 # (d_model, d_ff, gated, neurons of the heavy branch)
 SHAPES = [(4096, 11008, True, 1152), (8192, 28672, True, 2816), (4096, 16384, False, 1664)]
-TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 2048, 8192)
+TOKENS = (1, 4, 8, 16, 32, 33, 64, 256, 512, 1024, 2048, 8192)
 BEYOND_CACHE = 150e6
 ROUNDS = 7
 Call = Callable[[Tensor], Tensor]
@@ -188,7 +189,10 @@ def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tupl
             lambda: split_ffn(d_model, [(heavy, 16), (rest, 4)], gated), weights * (share * 16 + (1 - share) * 4.19) / 8
         ),
         "torch int4": copies(lambda: TorchInt4(d_model, d_ff, gated), weights * 4.25 / 8),
-        "gemlite w4": copies(lambda: gemlite_ffn(d_model, d_ff, gated), weights * 4.25 / 8),
+        # gemlite searches for every new shape, which takes minutes: the first one only.
+        "gemlite w4": copies(
+            lambda: gemlite_ffn(d_model, d_ff, gated) if d_ff == SHAPES[0][1] else None, weights * 4.25 / 8
+        ),
     }
     return {name: value for name, value in found.items() if value[0]}
 
@@ -203,7 +207,12 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
             # Beyond, they are far slower than the dense FFN; every new shape costs gemlite a search.
             if (name == "torch int4" and count > 256) or (name == "gemlite w4" and count not in (1, 16, 64)):
                 continue
-            for prefill in ("exact", "float8") if isinstance(modules[0], SumFFN) and count > 64 else ("exact",):
+            # Many tokens: the decoded or float8 weights are the same for all codes; one split is enough.
+            if count > MOST_TOKENS and name in ("int3", "ffsplit bf16 10 % + int4"):
+                continue
+            for prefill in (
+                ("exact", "float8") if isinstance(modules[0], SumFFN) and count > MOST_TOKENS else ("exact",)
+            ):
                 set_prefill(prefill)  # type: ignore[arg-type]
                 label = name if prefill == "exact" else f"{name}, float8"
                 if isinstance(modules[0], SumFFN) and count in (1, 16, 256):

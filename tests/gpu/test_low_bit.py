@@ -78,10 +78,10 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     ffn = sum_of(SUMS[index], dtype)
     launched = []
-    launch = low_bit._launch
-    monkeypatch.setattr(low_bit, "_launch", lambda *a: launched.append(1) or launch(*a))
+    call = low_bit.LowBitFFN.__call__
+    monkeypatch.setattr(low_bit.LowBitFFN, "__call__", lambda self, x: launched.append(1) or call(self, x))
     on_gpu = copy.deepcopy(ffn).cuda()
-    for tokens in ((1, 7, 8), (9, 16, 17), (31, 33, 64))[index % 3]:
+    for tokens in ((1, 7, 8), (9, 16, 17), (24, 31, 32))[index % 3]:
         x = torch.randn(tokens, ffn.d_model).to(dtype)
         exact = ffn.double()(x.double())
         ffn.to(dtype)

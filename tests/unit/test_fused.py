@@ -8,25 +8,16 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from ffsplit.ffn.fused import FusedBranches, activation_name, low_bit_shapes
+from ffsplit.ffn.fused import FusedBranches, _decoded, activation_name, low_bit_shapes
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import nvrtc
+from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.float8_ffn import set_prefill
-from ffsplit.kernels.low_bit import ACTIVATIONS, LowBitShape, takes
+from ffsplit.kernels.low_bit import LowBitShape, takes
 from ffsplit.ops.rounding import Grid
-
-FORMULAS = {
-    "identity": lambda v: v,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
-    "relu": functional.relu,
-    "relu_squared": lambda v: functional.relu(v).square(),
-}
 
 
 def packed(rows: int, columns: int, bits: int, group: int = 64) -> Packed:
@@ -53,7 +44,7 @@ def test_an_activation_has_the_name_of_what_it_computes(name: str) -> None:
     found = activation_name(act)
     assert found in ACTIVATIONS
     x = torch.linspace(-6, 6, 101)
-    torch.testing.assert_close(act(x), FORMULAS[found](x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(act(x), ACTIVATIONS[found](x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["quick_gelu", "mish", "gelu_python", "sigmoid"])
@@ -87,22 +78,34 @@ def test_what_the_kernels_do_not_read() -> None:
 
 def test_only_few_halves_on_a_gpu_are_taken() -> None:
     shape = LowBitShape(64, (64,), (4,), 64, True, "silu")
-    assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16), shape)
-    assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"), shape)
+    assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16), [shape])
+    assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"), [shape])
 
 
 def test_a_replaced_projection_is_noticed_and_copies_start_anew() -> None:
     one = branch(64, 4)
     fused = FusedBranches()
-    assert fused._found([one]) == low_bit_shapes([one])
+    assert fused._found([one]).shapes == low_bit_shapes([one])
     one.up, one.gate, one.down = packed(64, 64, 8), packed(64, 64, 8), packed(64, 64, 8)
-    (shape,) = fused._found([one]) or ()
+    (shape,) = fused._found([one]).shapes or ()
     assert shape.bits == (8,)
     whole = SumFFN(64, [one])
     whole._fused._found([one])
     for again in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
-        assert again._fused._seen == ()
+        assert again._fused._branches == ()
         assert torch.equal(again(torch.ones(1, 64)), whole(torch.ones(1, 64)))
+
+
+def test_decoded_branches_are_the_same_ffn() -> None:
+    branches = [branch(64, 4), branch(128, 3)]
+    for one in branches:
+        for matrix in (one.up, one.gate, one.down):
+            assert isinstance(matrix, Packed)
+            matrix.scale.copy_((torch.rand(matrix.scale.shape) * 0.02).to(torch.float16).view(torch.int16))
+    bias, x = torch.randn(64, dtype=torch.float64), torch.randn(3, 64, dtype=torch.float64)
+    decoded = _decoded(branches, bias, "silu", torch.float64)
+    expected = sum(one(x) for one in branches) + bias
+    torch.testing.assert_close(decoded(x), expected)
 
 
 def test_the_operator_has_a_fake() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import activations
 
-from ffsplit.ffn.projections import Dense, Packed, Projection
-from ffsplit.kernels.cache import DerivedCache
-from ffsplit.kernels.float8_ffn import Float8FFN, float8_ffn, run_float8, wants_float8
-from ffsplit.kernels.low_bit import LowBitShape, low_bit_ffn, takes
+from ffsplit.ffn.projections import Dense, Packed
+from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.dense_ffn import DenseFFN
+from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
+from ffsplit.kernels.low_bit import BRANCH_TENSORS, Layout, LowBitFFN, LowBitShape, low_bit_ffn, takes
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
@@ -35,7 +37,7 @@ ACTIVATION_NAMES: dict[type[nn.Module], str] = {
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """Its name among :data:`ffsplit.kernels.low_bit.ACTIVATIONS`; None if it is not one of them."""
+    """Its name among :data:`ffsplit.kernels.dense_ffn.ACTIVATIONS`; None if it is not one of them."""
     if isinstance(act, nn.GELU):
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     if isinstance(act, activations.GELUActivation):
@@ -43,16 +45,50 @@ def activation_name(act: nn.Module) -> str | None:
     return ACTIVATION_NAMES.get(type(act))
 
 
-class FusedBranches:
-    """Which kernels run the branches of a sum, found when they are first needed and again after one was replaced.
+@dataclass(frozen=True)
+class _Known:
+    """What was found out about the branches of a sum, with the places where it was found.
 
-    Copies and pickles of a sum find them anew.
+    Places are dictionaries of modules and keys: looking there takes a tenth of the time of an attribute of a module,
+    and a decoded token has little.
+
+    Attributes:
+        modules: where the modules are on which it depends, and which they were.
+        tensors: where the tensors are, in the order of :class:`ffsplit.kernels.low_bit.LowBitFFN`; None: there is none.
+        shapes: of pairs of branches; None: the kernels do not know them.
+    """
+
+    modules: tuple[tuple[dict[str, Any], str, nn.Module | None], ...]
+    tensors: tuple[tuple[dict[str, Any], str] | None, ...]
+    shapes: tuple[LowBitShape, ...] | None
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch]) -> _Known:
+        names = ("act", "up", "gate", "down", "selector")
+        shapes = low_bit_shapes(branches)
+        return cls(
+            tuple((b._modules, name, b._modules.get(name)) for b in branches for name in names),
+            () if shapes is None else tuple(place for branch in branches for place in _places(branch)),
+            shapes,
+        )
+
+    def is_current(self) -> bool:
+        return all(where.get(name) is module for where, name, module in self.modules)
+
+
+class FusedBranches:
+    """Runs the branches of a sum by kernels over whole FFNs, where there are any for them.
+
+    What is known of the branches is found when it is first needed, and again after a module or a tensor of theirs was
+    replaced. Copies and pickles of a sum find it anew.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[nn.Module] | None, ...] = ()
-        self._shapes: tuple[LowBitShape, ...] | None = None
         self.derived = DerivedCache()
+        self._branches: tuple[Branch, ...] = ()
+        self._known = _Known((), (), None)
+        self._addresses: list[int] = []
+        self._launches: dict[tuple[Layout, torch.dtype], list[LowBitFFN]] = {}
 
     def __call__(
         self, x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], bias: Tensor | None
@@ -61,32 +97,56 @@ class FusedBranches:
         # Before anything else: on other devices this must cost nothing.
         if x.device.type != "cuda" or not branches:
             return None
-        shapes = self._found(branches)
-        if shapes is None:
-            return None
-        tensors = [_tensors(branches[at : at + 2]) for at in range(0, len(branches), 2)]
-        if not _may_run(x, [*(tensor for part in tensors for tensor in part), bias]):
-            return None
-        if all(takes(x, shape) for shape in shapes):
-            return _low_bit(x, tensors, bias, shapes)
-        if not wants_float8(x, sum(sum(shape.neurons) for shape in shapes)):
-            return None
-        sources = [tensor for part in tensors for tensor in part] + [bias]
-        act = shapes[0].act
-        return run_float8(x, self.derived.get("float8", sources, lambda: _as_float8(branches, bias, act, x.dtype)))
-
-    def _found(self, branches: Sequence[Branch]) -> tuple[LowBitShape, ...] | None:
         if torch.compiler.is_compiling():
-            return low_bit_shapes(branches)
-        modules = [module for b in branches for module in (b, b.act, b.up, b.gate, b.down, b.selector)]
-        seen = self._seen
-        same = len(seen) == len(modules) and all(
-            module is (None if ref is None else ref()) for ref, module in zip(seen, modules, strict=True)
-        )
-        if not same:
-            self._seen = tuple(None if module is None else weakref.ref(module) for module in modules)
-            self._shapes = low_bit_shapes(branches)
-        return self._shapes
+            return _traced(x, branches, bias)
+        known = self._found(branches)
+        if known.shapes is None:
+            return None
+        tensors = [None if place is None else place[0][place[1]] for place in known.tensors]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors)):
+            return None
+        if takes(x, known.shapes):
+            return self._few(x, tensors, bias, known.shapes)
+        return self._many(x, branches, [*tensors, bias], bias, known.shapes[0].act)
+
+    def _found(self, branches: Sequence[Branch]) -> _Known:
+        if tuple(branches) != self._branches or not self._known.is_current():
+            self._branches, self._known = tuple(branches), _Known.of(branches)
+            self._launches = {}
+        return self._known
+
+    def _few(
+        self, x: Tensor, tensors: list[Tensor | None], bias: Tensor | None, shapes: Sequence[LowBitShape]
+    ) -> Tensor | None:
+        """Launches, made ready once for every layout, as long as the tensors stay where they are."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, bias)]
+        if addresses != self._addresses:
+            self._addresses, self._launches = addresses, {}
+        key = Layout.of(x.numel() // x.shape[-1]), x.dtype
+        if key not in self._launches:
+            fits = _belong(x, [*tensors, bias])
+            parts = zip(_pairs(tensors, bias), shapes, strict=True)
+            made = [LowBitFFN(part, shape, *key, x.device.index) for part, shape in parts] if fits else []
+            self._launches[key] = made if all(launch.is_compiled for launch in made) else []
+        total: Tensor | None = None
+        for launch in self._launches[key]:
+            out = launch(x)
+            total = out if total is None else total + out
+        return total
+
+    def _many(
+        self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
+    ) -> Tensor | None:
+        """All branches as one dense FFN, in float8 if that was asked for; None if there is no room to keep it."""
+        if not _belong(x, sources):
+            return None
+        if wants_float8(x, sum(branch.up.spec.shape[0] for branch in branches)):
+            made = self.derived.get("float8", sources, lambda: float8_ffn(_decoded(branches, bias, act, x.dtype)))
+            return run_float8(x, made)
+        weights = sum(math.prod(matrix.spec.shape) for b in branches for matrix in (b.up, b.gate, b.down) if matrix)
+        if not self.derived.holds("dense", sources) and weights * x.dtype.itemsize > decoded_room(x.device):
+            return None
+        return self.derived.get("dense", sources, lambda: _decoded(branches, bias, act, x.dtype, keep=True))(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedBranches:
         return FusedBranches()
@@ -95,39 +155,50 @@ class FusedBranches:
         return FusedBranches, ()
 
 
-def _may_run(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing is differentiated, and all tensors are where the inputs are and in their dtype."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *present)):
-        return False
-    return all(t.device == x.device and (t.dtype == x.dtype or not t.is_floating_point()) for t in present)
-
-
-def _low_bit(
-    x: Tensor, tensors: Sequence[list[Tensor | None]], bias: Tensor | None, shapes: Sequence[LowBitShape]
-) -> Tensor | None:
-    """The sum over pairs of branches; the first one adds the bias."""
+def _traced(x: Tensor, branches: Sequence[Branch], bias: Tensor | None) -> Tensor | None:
+    """The same for few tokens as operators, for compilers."""
+    shapes = low_bit_shapes(branches)
+    if shapes is None or not takes(x, shapes):
+        return None
+    places = [place for branch in branches for place in _places(branch)]
+    tensors = [None if place is None else place[0][place[1]] for place in places]
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors))
+    if differentiated or not _belong(x, [*tensors, bias]):
+        return None
     total: Tensor | None = None
-    for at, (part, shape) in enumerate(zip(tensors, shapes, strict=True)):
-        out = low_bit_ffn(x, [*part, bias if at == 0 else None], shape)
-        if out is None:
-            return None
+    for part, shape in zip(_pairs(tensors, bias), shapes, strict=True):
+        out: Tensor = low_bit_ffn(x, part, shape.numbers())
         total = out if total is None else total + out
     return total
 
 
-def _as_float8(branches: Sequence[Branch], bias: Tensor | None, act: str, dtype: torch.dtype) -> Float8FFN:
-    """All branches as one dense FFN, rounded."""
-    gates = [branch.gate.dense(dtype) for branch in branches if branch.gate is not None]
+def _pairs(tensors: Sequence[Tensor | None], bias: Tensor | None) -> list[list[Tensor | None]]:
+    """Tensors of two branches at a time; the first pair adds the bias."""
+    step = 2 * BRANCH_TENSORS
+    return [[*tensors[at : at + step], None if at else bias] for at in range(0, len(tensors), step)]
+
+
+def _belong(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all tensors are where the inputs are, and those of floating-point numbers in their dtype."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return all(t.device == x.device and (t.dtype == x.dtype or not t.is_floating_point()) for t in present)
+
+
+def _decoded(
+    branches: Sequence[Branch], bias: Tensor | None, act: str, dtype: torch.dtype, *, keep: bool = False
+) -> DenseFFN:
+    """All branches as one dense FFN; one that is kept is counted."""
     ups = [branch.up.dense(dtype) for branch in branches]
-    return float8_ffn(
-        torch.cat(ups),
-        torch.cat([branch.down.dense(dtype) for branch in branches], dim=1),
+    gates = [branch.gate.dense(dtype) for branch in branches if branch.gate is not None]
+    inner = torch.cat([*ups, *gates])
+    down = torch.cat([branch.down.dense(dtype) for branch in branches], dim=1)
+    return DenseFFN(
+        counted(inner) if keep else inner,
+        counted(down) if keep else down,
+        _joined_biases([branch.up_bias for branch in branches], ups),
+        _joined_biases([branch.gate_bias for branch in branches], ups),
+        bias,
         act,
-        gate=torch.cat(gates) if gates else None,
-        up_bias=_joined_biases([branch.up_bias for branch in branches], ups),
-        gate_bias=_joined_biases([branch.gate_bias for branch in branches], ups),
-        bias=bias,
     )
 
 
@@ -184,21 +255,13 @@ def _joined(known: Sequence[LowBitShape]) -> LowBitShape | None:
     return LowBitShape(first.d_model, neurons, bits, group, first.gated, first.act)
 
 
-def _tensors(branches: Sequence[Branch]) -> list[Tensor | None]:
-    """In the order of :func:`ffsplit.kernels.low_bit.low_bit_ffn`, without the last."""
-    found: list[Tensor | None] = []
-    for branch in branches:
-        for matrix in (branch.gate, branch.up, branch.down):
-            found.extend(_stored(matrix))
-        found.extend([branch.gate_bias, branch.up_bias])
-    return found
-
-
-def _stored(matrix: Projection | None) -> tuple[Tensor | None, ...]:
-    """Codes, scales, zeros and row scales."""
-    if matrix is None:
-        return None, None, None, None
-    if isinstance(matrix, Dense):
-        return matrix.weight, None, None, None
-    assert isinstance(matrix, Packed)
-    return matrix.codes, matrix.scale, matrix.zero, matrix.row_scale
+def _places(branch: Branch) -> list[tuple[dict[str, Any], str] | None]:
+    """Where the tensors are, in the order of :class:`ffsplit.kernels.low_bit.LowBitFFN`, without the last."""
+    found: list[tuple[dict[str, Any], str] | None] = []
+    for matrix in (branch.gate, branch.up, branch.down):
+        if isinstance(matrix, Packed):
+            buffers: dict[str, Any] = matrix._buffers
+            found.extend((buffers, name) for name in ("codes", "scale", "zero", "row_scale"))
+        else:
+            found.extend([None if matrix is None else (matrix._parameters, "weight"), None, None, None])
+    return [*found, (branch._parameters, "gate_bias"), (branch._parameters, "up_bias")]

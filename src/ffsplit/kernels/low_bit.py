@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ffsplit.kernels import nvrtc
+from ffsplit.kernels.dense_ffn import ACTIVATIONS
 
-MOST_TOKENS = 64
+MOST_TOKENS = 32
 """Beyond, multiplying by decoded weights is faster."""
 BITS = (2, 3, 4, 8, 16)
 """16 is a dense matrix of halves."""
@@ -24,7 +25,9 @@ GROUPS = (32, 64, 128)
 TILE = 16
 """Rows that a block of threads works on; :data:`TOKENS` tokens stand beside them."""
 TOKENS = 8
-ACTIVATIONS = ("identity", "silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+BRANCH_TENSORS = 14
+NAMES = tuple(ACTIVATIONS)
+"""Of activations, in the order in which the sources count them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LowBitShape:
         bits: of each branch.
         group: consecutive columns that share a scale, in all packed matrices.
         gated: whether there is a gate.
-        act: one of :data:`ACTIVATIONS`.
+        act: one of :data:`ffsplit.kernels.dense_ffn.ACTIVATIONS`.
     """
 
     d_model: int
@@ -65,7 +68,7 @@ class LowBitShape:
 
     def numbers(self) -> list[int]:
         """As integers, for the operator's schema."""
-        act = ACTIVATIONS.index(self.act)
+        act = NAMES.index(self.act)
         return [self.d_model, self.group, int(self.gated), act, *self.neurons, *self.bits]
 
     @classmethod
@@ -73,88 +76,122 @@ class LowBitShape:
         """The inverse of :meth:`numbers`."""
         d_model, group, gated, act, *rest = numbers
         half = len(rest) // 2
-        return cls(d_model, tuple(rest[:half]), tuple(rest[half:]), group, bool(gated), ACTIVATIONS[act])
+        return cls(d_model, tuple(rest[:half]), tuple(rest[half:]), group, bool(gated), NAMES[act])
 
 
-def takes(x: Float[Tensor, "*tokens d_model"], shape: LowBitShape) -> bool:
-    """Whether the kernels are right for these inputs and, for so few tokens, faster than the plain path."""
+def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) -> bool:
+    """Whether the kernels are right for these inputs and, for so few tokens, faster than decoded weights."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or not x.numel():
         return False
-    few = x.numel() // shape.d_model <= MOST_TOKENS
-    return few and shape.is_supported and nvrtc.is_supported(x.device.index or 0)
+    few = x.numel() // shapes[0].d_model <= MOST_TOKENS
+    return few and all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
 
 
-def low_bit_ffn(x: Float[Tensor, "*tokens d_model"], tensors: list[Tensor | None], shape: LowBitShape) -> Tensor | None:
-    """The outputs, or None where the kernels cannot be compiled.
+@dataclass(frozen=True)
+class Layout:
+    """How much a block of threads of each kernel does; the fastest that was measured on an H100.
+
+    Attributes:
+        inner_tiles: tiles of eight tokens of `inner`; its ``inner_warps`` share the groups of the same rows.
+        outer_tiles: likewise of `outer`.
+    """
+
+    inner_tiles: int
+    inner_warps: int
+    outer_tiles: int
+    outer_warps: int
+
+    @classmethod
+    def of(cls, tokens: int) -> Layout:
+        if tokens <= TOKENS:
+            return cls(1, 8, 1, 8)
+        return cls(2, 2, 1, 8) if tokens <= 2 * TOKENS else cls(2, 2, 4, 8)
+
+
+class LowBitFFN:
+    """Two launches over fixed weights, everything about them but the tokens' addresses made ready.
 
     Args:
-        x: bfloat16 or float16, on an NVIDIA GPU; see :func:`takes`.
         tensors: for each branch, heavy first: codes, scales, zeros and row scales of gate, up and down (None for what
             is not there; a dense matrix is codes only), then the biases of gate and up; at the end the bias of the sum.
             Codes as :func:`ffsplit.ops.packing.pack` makes them, scales as bits of float16 numbers (int16) or, with
-            row scales, as multiples (uint8) of a 256th of them.
+            row scales, as multiples (uint8) of a 256th of them. They are read at every call and not held.
         shape: of the FFN.
+        layout: of the launches.
+        dtype: of inputs, outputs and all floating-point tensors.
+        device: index of the GPU.
     """
-    if torch.compiler.is_compiling():
-        found: Tensor = torch.ops.ffsplit.low_bit_ffn(x, tensors, shape.numbers())
-        return found
-    return _launch(x, tensors, shape)
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | None],
+        shape: LowBitShape,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: int,
+    ) -> None:
+        self.shape, self.layout, self.dtype = shape, layout, dtype
+        heavy_bits, rest_bits = (0, *shape.bits)[-2:]
+        heavy, rest = (0, *shape.neurons)[-2:]
+        half, act, gated = dtype == torch.float16, NAMES.index(shape.act), shape.gated
+        inner = f"{heavy_bits},{rest_bits},{shape.group},{layout.inner_tiles},{act},{_text(gated)},{_text(half)}"
+        outer = f"{heavy_bits},{rest_bits},{shape.group},{layout.outer_tiles},{_text(half)}"
+        self.inner = nvrtc.launcher("low_bit", f"inner<{inner},{layout.inner_warps}>", device)
+        self.outer = nvrtc.launcher("low_bit", f"outer<{outer},{layout.outer_warps}>", device)
+        nothing = [None] * BRANCH_TENSORS * (2 - len(shape.neurons))
+        parts = [0 if part is None else part.data_ptr() for part in (*nothing, *tensors)]
+        branches = [parts[at : at + BRANCH_TENSORS] for at in (0, BRANCH_TENSORS)]
+        # Of each branch: gate 0-3, up 4-7, down 8-11, biases of gate 12 and up 13.
+        self._inner_weights = [part for b in branches for part in (*b[0:4], b[12], *b[4:8], b[13])]
+        self._outer_weights = [part for b in branches for part in b[8:12]]
+        self._bias, self._sizes = parts[-1], (heavy, rest, shape.d_model)
+        self._inner_grid = -(-heavy // TILE) + -(-rest // TILE)
+        self._outer_grid = -(-shape.d_model // TILE)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.inner is not None and self.outer is not None
+
+    def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        """The outputs."""
+        assert self.inner is not None
+        assert self.outer is not None
+        flat, layout = x.reshape(-1, self.shape.d_model).contiguous(), self.layout
+        count = flat.shape[0]
+        # The last tiles may be read beyond the tokens; what is found there is not used.
+        tiles = -(-count // TOKENS) + max(layout.inner_tiles, layout.outer_tiles)
+        hidden = flat.new_empty(tiles * TOKENS * self.shape.padded)
+        out = torch.empty_like(flat)
+        self.inner(
+            (self._inner_grid, -(-count // (TOKENS * layout.inner_tiles))),
+            32 * layout.inner_warps,
+            [flat.data_ptr(), hidden.data_ptr(), *self._inner_weights],
+            [count, *self._sizes],
+        )
+        self.outer(
+            (self._outer_grid, -(-count // (TOKENS * layout.outer_tiles))),
+            32 * layout.outer_warps,
+            [hidden.data_ptr(), out.data_ptr(), self._bias, *self._outer_weights],
+            [count, *self._sizes],
+        )
+        return out.view(x.shape)
 
 
-def _launch(x: Tensor, tensors: Sequence[Tensor | None], shape: LowBitShape) -> Tensor | None:
-    flat = x.reshape(-1, shape.d_model).contiguous()
-    count, tiles = flat.shape[0], _tiles(flat.shape[0])
-    half, device = str(x.dtype == torch.float16).lower(), x.device.index or 0
-    heavy_bits, rest_bits = (0, *shape.bits)[-2:]
-    heavy, rest = (0, *shape.neurons)[-2:]
-    gated = str(shape.gated).lower()
-    types = f"{heavy_bits},{rest_bits},{shape.group},{tiles}"
-    narrow, wide = _warps(tiles)
-    inner = nvrtc.kernel("low_bit", f"inner<{types},{ACTIVATIONS.index(shape.act)},{gated},{half},{narrow}>", device)
-    outer = nvrtc.kernel("low_bit", f"outer<{types},{half},{wide}>", device)
-    if inner is None or outer is None:
-        return None
-    # The last tiles may be read beyond the tokens, never used.
-    hidden = flat.new_empty((-(-count // TOKENS) + tiles) * TOKENS * shape.padded)
-    out = torch.empty_like(flat)
-    nothing = flat.new_empty(0)
-    parts: list[Tensor] = [nothing if part is None else part for part in tensors]
-    branches = [[nothing] * 14] * (2 - len(shape.neurons)) + [
-        parts[at : at + 14] for at in range(0, len(parts) - 1, 14)
-    ]
-    blocks = -(-count // (TOKENS * tiles))
-    # Of each branch: gate 0-3, up 4-7, down 8-11, biases of gate 12 and up 13.
-    inputs = [part for b in branches for part in (*b[0:4], b[12], *b[4:8], b[13])]
-    sizes = [count, heavy, rest, shape.d_model]
-    grid = -(-heavy // TILE) + -(-rest // TILE)
-    inner(grid=(grid, blocks, 1), block=(32 * narrow, 1, 1), args=[flat, hidden, *inputs, *sizes])
-    downs = [part for b in branches for part in b[8:12]]
-    outer(
-        grid=(-(-shape.d_model // TILE), blocks, 1),
-        block=(32 * wide, 1, 1),
-        args=[hidden, out, parts[-1], *downs, *sizes],
-    )
-    return out.view(x.shape)
-
-
-def _tiles(tokens: int) -> int:
-    """Tiles of eight tokens that a block of threads works on."""
-    return 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4 if tokens <= 4 * TOKENS else 8
-
-
-def _warps(tiles: int) -> tuple[int, int]:
-    """Warps that share the groups of a row, of `inner` and of `outer`: the fastest measured on an H100."""
-    return (8 if tiles == 1 else 4), (4 if tiles == 8 else 8)
+def _text(flag: bool) -> str:
+    return "true" if flag else "false"
 
 
 @torch.library.custom_op("ffsplit::low_bit_ffn", mutates_args=())
-def _operator(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
-    found = _launch(x, tensors, LowBitShape.from_numbers(numbers))
-    if found is None:
+def low_bit_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
+    """What :class:`LowBitFFN` does, as an operator that compilers see; ``numbers`` are those of the shape."""
+    shape = LowBitShape.from_numbers(numbers)
+    layout = Layout.of(x.numel() // shape.d_model)
+    ffn = LowBitFFN(tensors, shape, layout, x.dtype, x.device.index)
+    if not ffn.is_compiled:
         raise RuntimeError("the kernels of ffsplit::low_bit_ffn cannot be compiled here")
-    return found
+    return ffn(x)
 
 
-@_operator.register_fake
+@low_bit_ffn.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

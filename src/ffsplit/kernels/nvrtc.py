@@ -5,8 +5,8 @@ No toolkit, headers or host compiler are needed. A kernel is compiled in about a
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 
 LEAST_CAPABILITY = (8, 0)
 """bfloat16 tensor cores and their instructions."""
-Kernel = Callable[..., None]
 
 _logger = logging.getLogger(__name__)
 
@@ -26,9 +25,40 @@ def source(name: str) -> str:
     return files("ffsplit.kernels").joinpath("cuda", f"{name}.cu").read_text(encoding="utf-8")
 
 
+class Launcher:
+    """A compiled kernel: first its pointers, then its integers, one-dimensional blocks."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._kernel = compiled  # owns the module that holds the function
+        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
+        self._cache: tuple[int, int] = (-1, -1)
+
+    def __call__(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int]) -> None:
+        """Launch it in the current stream; addresses are not checked."""
+        if self._cache != (len(pointers), len(integers)):
+            self._lay_out(len(pointers), len(integers))
+        self._pointers[:] = [*pointers]
+        self._integers[:] = [*integers]
+        stream = torch.cuda.current_stream().cuda_stream
+        failed = self._launch(
+            self._kernel.func, *grid, 1, block, 1, 1, 0, ctypes.c_void_p(stream), self._arguments, None
+        )
+        if failed:
+            raise RuntimeError(f"a kernel could not be launched: CUDA error {failed}")
+
+    def _lay_out(self, pointers: int, integers: int) -> None:
+        """Places for the arguments and their addresses, made once: the driver copies the values at every launch."""
+        self._pointers = (ctypes.c_uint64 * pointers)()
+        self._integers = (ctypes.c_int32 * integers)()
+        first, second = ctypes.addressof(self._pointers), ctypes.addressof(self._integers)
+        addresses = [first + 8 * at for at in range(pointers)] + [second + 4 * at for at in range(integers)]
+        self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._cache = (pointers, integers)
+
+
 @cache
-def kernel(name: str, instance: str, device: int) -> Kernel | None:
-    """A kernel, to be launched with ``grid``, ``block`` and ``args``; None, and said once, where it cannot be compiled.
+def launcher(name: str, instance: str, device: int) -> Launcher | None:
+    """A kernel ready to be launched; None, and said once, where it cannot be compiled.
 
     Args:
         name: of the source.
@@ -41,12 +71,11 @@ def kernel(name: str, instance: str, device: int) -> Kernel | None:
         return None
     try:
         with torch.cuda.device(device):
-            found: Kernel = compile_source(source(name), instance, nvcc_options=["--std=c++17"])
+            return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]))
     except (RuntimeError, OSError, AttributeError) as error:
         # A machine without NVRTC or with a driver older than it is served by the plain path, more slowly.
         _logger.warning("%s could not be compiled, low-bit FFNs are decoded before multiplying: %s", instance, error)
         return None
-    return found
 
 
 @cache

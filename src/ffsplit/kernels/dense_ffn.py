@@ -1,0 +1,61 @@
+"""All branches of a low-bit FFN decoded into one dense FFN, gate and up in one product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda v: v,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
+    "relu": functional.relu,
+    "relu_squared": lambda v: functional.relu(v).square(),
+}
+"""What kernels over whole FFNs can compute; their sources count them in this order."""
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """A dense FFN.
+
+    Attributes:
+        inner: ``[up; gate]`` or ``up``: ``[rows, d_model]``.
+        down: ``[d_model, d_ff]``.
+        up_bias: ``[d_ff]``; likewise ``gate_bias``.
+        bias: ``[d_model]``, of the output.
+        act: one of :data:`ACTIVATIONS`.
+    """
+
+    inner: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
+    bias: Tensor | None
+    act: str
+
+    @property
+    def d_ff(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def gated(self) -> bool:
+        return self.inner.shape[0] != self.d_ff
+
+    def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        """The outputs."""
+        both, act = functional.linear(x, self.inner), ACTIVATIONS[self.act]
+        up = both[..., : self.d_ff]
+        if self.up_bias is not None:
+            up = up + self.up_bias
+        if not self.gated:
+            return functional.linear(act(up), self.down, self.bias)
+        gate = both[..., self.d_ff :]
+        if self.gate_bias is not None:
+            gate = gate + self.gate_bias
+        return functional.linear(act(gate).mul_(up), self.down, self.bias)
