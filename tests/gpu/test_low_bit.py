@@ -109,7 +109,7 @@ def test_gradients_take_the_plain_path() -> None:
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
     with torch.no_grad():
-        torch.testing.assert_close(ffn(x), out, rtol=3e-2, atol=3e-2)
+        assert relative_error(ffn(x), out.detach().double().cpu()) < 1e-2
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
-from ffsplit.kernels.low_bit import BRANCH_TENSORS, Layout, LowBitFFN, LowBitShape, low_bit_ffn, takes
+from ffsplit.kernels.low_bit import BRANCH_TENSORS, TOKENS, LowBitFFN, LowBitShape, low_bit_ffn, takes
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
@@ -88,7 +88,7 @@ class FusedBranches:
         self._branches: tuple[Branch, ...] = ()
         self._known = _Known((), (), None)
         self._addresses: list[int] = []
-        self._launches: dict[tuple[Layout, torch.dtype], list[LowBitFFN]] = {}
+        self._launches: dict[tuple[int, torch.dtype], list[LowBitFFN]] = {}
 
     def __call__(
         self, x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], bias: Tensor | None
@@ -118,15 +118,16 @@ class FusedBranches:
     def _few(
         self, x: Tensor, tensors: list[Tensor | None], bias: Tensor | None, shapes: Sequence[LowBitShape]
     ) -> Tensor | None:
-        """Launches, made ready once for every layout, as long as the tensors stay where they are."""
+        """Launches, made ready once for every number of tiles of tokens, as long as the tensors stay where they are."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, bias)]
         if addresses != self._addresses:
             self._addresses, self._launches = addresses, {}
-        key = Layout.of(x.numel() // x.shape[-1]), x.dtype
+        tokens = x.numel() // x.shape[-1]
+        key = -(-tokens // TOKENS), x.dtype
         if key not in self._launches:
             fits = _belong(x, [*tensors, bias])
             parts = zip(_pairs(tensors, bias), shapes, strict=True)
-            made = [LowBitFFN(part, shape, *key, x.device.index) for part, shape in parts] if fits else []
+            made = [LowBitFFN(part, shape, tokens, x.dtype, x.device.index) for part, shape in parts] if fits else []
             self._launches[key] = made if all(launch.is_compiled for launch in made) else []
         total: Tensor | None = None
         for launch in self._launches[key]:

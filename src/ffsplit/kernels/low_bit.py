@@ -102,10 +102,13 @@ class Layout:
     outer_warps: int
 
     @classmethod
-    def of(cls, tokens: int) -> Layout:
+    def of(cls, tokens: int, branches: int) -> Layout:
         if tokens <= TOKENS:
             return cls(1, 8, 1, 8)
-        return cls(2, 2, 1, 8) if tokens <= 2 * TOKENS else cls(2, 2, 4, 8)
+        # The code of two branches takes more registers, so that fewer blocks run at a time.
+        if tokens <= 2 * TOKENS:
+            return cls(2, 2, 1, 8) if branches == 1 else cls(2, 4, 2, 8)
+        return cls(2, 2, 4, 8) if branches == 1 else cls(4, 4, 4, 8)
 
 
 class LowBitFFN:
@@ -117,7 +120,7 @@ class LowBitFFN:
             Codes as :func:`ffsplit.ops.packing.pack` makes them, scales as bits of float16 numbers (int16) or, with
             row scales, as multiples (uint8) of a 256th of them. They are read at every call and not held.
         shape: of the FFN.
-        layout: of the launches.
+        tokens: for how many, about; the kernels' layout depends on it.
         dtype: of inputs, outputs and all floating-point tensors.
         device: index of the GPU.
     """
@@ -126,10 +129,11 @@ class LowBitFFN:
         self,
         tensors: Sequence[Tensor | None],
         shape: LowBitShape,
-        layout: Layout,
+        tokens: int,
         dtype: torch.dtype,
         device: int,
     ) -> None:
+        layout = Layout.of(tokens, len(shape.neurons))
         self.shape, self.layout, self.dtype = shape, layout, dtype
         heavy_bits, rest_bits = (0, *shape.bits)[-2:]
         heavy, rest = (0, *shape.neurons)[-2:]
@@ -185,8 +189,7 @@ def _text(flag: bool) -> str:
 def low_bit_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     """What :class:`LowBitFFN` does, as an operator that compilers see; ``numbers`` are those of the shape."""
     shape = LowBitShape.from_numbers(numbers)
-    layout = Layout.of(x.numel() // shape.d_model)
-    ffn = LowBitFFN(tensors, shape, layout, x.dtype, x.device.index)
+    ffn = LowBitFFN(tensors, shape, x.numel() // shape.d_model, x.dtype, x.device.index)
     if not ffn.is_compiled:
         raise RuntimeError("the kernels of ffsplit::low_bit_ffn cannot be compiled here")
     return ffn(x)

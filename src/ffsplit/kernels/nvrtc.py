@@ -78,7 +78,6 @@ def launcher(name: str, instance: str, device: int) -> Launcher | None:
         return None
 
 
-@cache
 def is_supported(device: int) -> bool:
-    """Whether an NVIDIA GPU can run the kernels of this folder."""
+    """Whether an NVIDIA GPU can run the kernels of this folder; traceable."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
