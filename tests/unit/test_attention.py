@@ -31,6 +31,8 @@ from ffsplit.families.masking import masked
 from tests.conformance.test_planners import dense, ids, state
 from tests.tiny import tiny
 from tests.unit.checkpoint_helpers import edit_config, outputs
+from tests.unit.cli_fixtures import SMALL, Call, saved
+from tests.unit.evaluate_helpers import tiny_llama
 from tests.unit.test_checkpoint_load import sums
 
 DECODERS = (
@@ -285,3 +287,30 @@ def test_a_block_without_any_parameter_can_be_worked_on() -> None:
     result = ffsplit.compress(tiny("olmo"), recipe={"method": method}, calibration=ids(), device="cpu")
     layers: Any = result.model.model.layers
     assert any(not list(layer.parameters()) for layer in layers)
+
+
+def test_a_killed_run_leaves_out_the_same_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"method": {"method": "drop-ffns", "target": "joint", "count": 4}}
+    arguments: dict[str, Any] = {"recipe": recipe, "calibration": ids(), "device": "cpu", "journal": tmp_path / "log"}
+    first = ffsplit.compress(dense("llama"), **arguments)
+    assert first.plan.attention
+    monkeypatch.setattr("ffsplit.budget.drop_ffns.importance", None)  # not measured again
+    again = ffsplit.compress(dense("llama"), **arguments)
+    assert again.plan == first.plan
+    assert torch.equal(outputs(again.model), outputs(first.model))
+
+
+def test_the_command_line_tells_attention_apart(tmp_path: Path, cli: Call) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: {method: finercut, target: attention, count: 1, batches: 1}\n")
+    model = saved(tiny_llama(), tmp_path / "model")
+    done = cli("compress", model, "--recipe", recipe, "--out", tmp_path / "out", *SMALL)
+    assert done.code == 0, done.err
+    assert "Attention, which budgets do not count" in done.out
+    assert "left out" in done.out
+    assert "Relative error" not in done.out  # no FFN was changed
+    assert "import ffsplit" in done.out
+    recipe.write_text("method: {method: finercut, target: attention, keep: 0.5}\n")
+    refused = cli("compress", model, "--recipe", recipe, "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "keep is a share of FFN parameters" in refused.err
