@@ -20,6 +20,7 @@ from ffsplit.ffn.sum import SumFFN
 from ffsplit.pipeline.recover import recovery_of
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
+from ffsplit.recover.guide import guided
 from ffsplit.recover.head_loss import through_head
 from ffsplit.recover.layers import Layer
 from ffsplit.recover.refit import refit_layer
@@ -312,6 +313,24 @@ def test_stages_follow_each_other_and_a_killed_one_goes_on(tmp_path: Path) -> No
     assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
 
 
+def test_a_guide_starts_as_the_dense_model_and_is_gone_at_the_end() -> None:
+    dense = strong("llama")
+    student = pruned(dense)
+    alone = student(input_ids=IDS[:2]).logits.detach()
+    with guided(student, dense, 4) as guide:
+        wanted = dense(input_ids=IDS[:2]).logits
+        torch.testing.assert_close(student(input_ids=IDS[:2]).logits, wanted)
+        guide.at(4)
+        torch.testing.assert_close(student(input_ids=IDS[:2]).logits, alone)
+        guide.at(2)
+        assert guide.share == pytest.approx(0.5)
+        with torch.no_grad():  # what is measured is the compressed model
+            torch.testing.assert_close(student(input_ids=IDS[:2]).logits, alone)
+    torch.testing.assert_close(student(input_ids=IDS[:2]).logits, alone)
+    notes = recovered(student, dense, guide=0.5)
+    assert notes["held_out_loss"] < notes["held_out_loss_before"]
+
+
 def test_half_precision_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = strong("llama")
     student = pruned(dense).to(torch.bfloat16)
@@ -329,6 +348,7 @@ def test_half_precision_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lr": -1}, "lr"),
         ({"stpes": 4}, "stpes"),
         ({"labels": 2}, "labels"),
+        ({"guide": 0.5, "minutes": 1}, "give steps alone"),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:

@@ -38,6 +38,9 @@ Lora = Annotated[int | None, typer.Option("--lora", help="Train adapters of this
 LowBit = Annotated[str | None, typer.Option("--low-bit", help="Packed codes: scales or frozen.", show_default="scales")]
 Accumulate = Annotated[int | None, typer.Option("--accumulate", help="Forward passes per step.", show_default="1")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Of both models' logits.", show_default="1")]
+Guided = Annotated[
+    float | None, typer.Option("--guide", help="Share of the steps over which the dense FFNs are faded out.")
+]
 Hidden = Annotated[float | None, typer.Option("--hidden", help="Weight of the loss on hidden states.")]
 Labels = Annotated[float | None, typer.Option("--labels", help="Share of the loss that is the text's, 0 to 1.")]
 Prefix = Annotated[
@@ -63,6 +66,7 @@ def recover(
     lora: Lora = None,
     low_bit: LowBit = None,
     temperature: Temperature = None,
+    guide: Guided = None,
     hidden: Hidden = None,
     labels: Labels = None,
     prefix: Prefix = None,
@@ -86,7 +90,8 @@ def recover(
     asked = {
         "stages": stage, "source": data, "field": field, "samples": samples, "seq_len": seq_len, "steps": steps,
         "batch_size": batch_size, "accumulate": accumulate, "minutes": minutes, "lr": lr, "train": train, "lora": lora,
-        "low_bit": low_bit, "temperature": temperature, "hidden": hidden, "labels": labels, "prefix": prefix,
+        "low_bit": low_bit, "temperature": temperature, "guide": guide,
+        "hidden": hidden, "labels": labels, "prefix": prefix,
         "patience": patience, "seed": seed,
     }  # fmt: skip
     target = out if out is not None else Path(f"{directory.rstrip('/')}-recovered")
@@ -114,7 +119,10 @@ def recover(
             progress=report,
         )
         from ffsplit.checkpoint.save import save
+        from ffsplit.recover.workers import workers
 
+        if not workers(place).first:
+            return
         say(f"saving to {target}")
         saved = save(result, target, verify=not no_verify, overwrite=overwrite)
         shutil.rmtree(journal, ignore_errors=True)

@@ -37,6 +37,8 @@ class Recovery(BaseModel):
         lora: train adapters of this rank on the dense matrices of the branches instead, merged at the end.
         low_bit: packed codes stay as they are; ``scales`` trains the scales of their groups, ``frozen`` does not.
         temperature: of both models' logits.
+        guide: share of the steps of the stage ``model`` over which every FFN turns from its dense original into the
+            compressed one; 0 starts with the compressed one.
         hidden: weight of the squared difference of hidden states, beside the loss on the answers.
         labels: share, 0 to 1, of the loss that is cross entropy with the text itself; 1 without a teacher.
         prefix: what records the inputs of the stages ``refit`` and ``blocks``: the ``compressed`` model as far as it is
@@ -67,6 +69,7 @@ class Recovery(BaseModel):
     lora: int | None = Field(None, ge=1)
     low_bit: Literal["scales", "frozen"] = "scales"
     temperature: float = Field(1.0, gt=0)
+    guide: float = Field(0.0, ge=0, le=1)
     hidden: float = Field(0.0, ge=0)
     labels: float = Field(0.0, ge=0, le=1)
     prefix: Literal["compressed", "dense"] = "compressed"
@@ -86,6 +89,8 @@ class Recovery(BaseModel):
             )
         if self.lora is not None and self.train == "all":
             raise ValueError("lora trains adapters on the branches; train=all trains everything: choose one")
+        if self.guide and self.minutes is not None:
+            raise ValueError("guide fades over the steps, which a budget in minutes does not know: give steps alone")
         return self
 
     @property

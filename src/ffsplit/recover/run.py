@@ -114,6 +114,8 @@ def check_possible(config: Recovery, has_teacher: bool) -> None:
     needy = [stage for stage in config.stages if stage != "model"]
     if needy and not has_teacher:
         raise RecipeError(f"stage {needy[0]} compares every FFN with its dense original: give the teacher")
+    if config.guide and not has_teacher:
+        raise RecipeError("guide mixes in the dense model's FFNs: give the teacher")
     if config.lora is not None:
         require_peft()
 

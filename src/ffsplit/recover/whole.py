@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
+from ffsplit.recover.guide import Guide, guided
 from ffsplit.recover.lora import adapted
 from ffsplit.recover.scales import trained_scales
-from ffsplit.recover.text import Text
+from ffsplit.recover.text import Sample, Text
 from ffsplit.recover.weights import all_parameters, branch_parameters, in_float32, training_only
 from ffsplit.recover.workers import Workers
 from ffsplit.train.loop import Hooks, Precision, TrainSettings, autocast, train
@@ -78,9 +79,26 @@ def distil_model(
             writes=group.first,
             clock=group.clock,
         )
-        standing = train(student, text.batch, loss, settings, hooks)
+        batch: Callable[[int], Sample] = text.batch
+        if config.guide and teacher is not None:
+            batch = _guiding(stack.enter_context(guided(student, teacher, _guided_steps(config))), text, config)
+        standing = train(student, batch, loss, settings, hooks)
         count = sum(parameter.numel() for parameter in trained.values())
     return {"stage": "model", **notes_of(standing), "trained_parameters": count} | _amount(text, config, group)
+
+
+def _guided_steps(config: Recovery) -> int:
+    return max(1, round(config.guide * config.steps))
+
+
+def _guiding(guide: Guide, text: Text, config: Recovery) -> Callable[[int], Sample]:
+    """The text's batches, of which each sets the guide to its step."""
+
+    def batch(number: int) -> Sample:
+        guide.at(number // config.accumulate)
+        return text.batch(number)
+
+    return batch
 
 
 @contextmanager
