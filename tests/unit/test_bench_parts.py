@@ -30,7 +30,7 @@ from ffsplit.methods.budgets import one_branch_spec
 
 CPU = torch.device("cpu")
 SHAPE = FFNShape(d_model=128, d_ff=256, gated=True)
-ROOFLINE = Roofline(bandwidth=1e9, gemm=1e12, call_seconds=1e-6, dtype="float32")
+ROOFLINE = Roofline(copy=1e9, read=5e8, gemm=1e12, call_seconds=1e-6, dtype="float32")
 
 
 def dense(gated: bool = True) -> FFNWeights:
@@ -92,7 +92,7 @@ def test_the_roofline_is_bytes_and_operations_over_time(monkeypatch: pytest.Monk
     monkeypatch.setattr(caches, "MOST_BYTES", 4096)
     monkeypatch.setattr("ffsplit.bench.roofline.GEMM_SIZE", {"cpu": 8})
     found = measure_roofline(CPU, torch.bfloat16, ticking(2.0))
-    assert found == Roofline(bandwidth=float(1 << 20), gemm=512.0, call_seconds=0.01, dtype="bfloat16")
+    assert found == Roofline(copy=float(1 << 20), read=float(1 << 20), gemm=512.0, call_seconds=0.01, dtype="bfloat16")
     assert found.bound(1e9, 1) == "memory"
     assert found.bound(1, 1e9) == "compute"
     assert found.seconds(float(1 << 21), 0) == 2.0

@@ -8,7 +8,7 @@ import torch
 
 SYSTEM = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_BYTES = 64 << 20
-MOST_BYTES = 256 << 20
+MOST_BYTES = 512 << 20
 """More is not read to empty a cache: a large shared one never belongs to one process."""
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

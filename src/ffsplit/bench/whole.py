@@ -25,7 +25,7 @@ from ffsplit.timing import Clock, Measure, medians
 
 logger = logging.getLogger(__name__)
 PROMPT, NEW_TOKENS = 32, 16
-FLUSHED_TOKENS = 4
+FLUSHED_TOKENS = 2
 """Fewer where the cache is emptied before each: that takes longer than the token."""
 MOST_SEQUENCES = 32
 """Token counts up to this are also decoded as so many sequences at a time."""

@@ -44,7 +44,7 @@ def show_bench(bench: Bench) -> None:
 def _machine(bench: Bench) -> Iterator[tuple[str, str]]:
     roofline, hardware = bench.roofline, bench.provenance["hardware"]
     yield "machine", f"{hardware['accelerator'] or hardware['cpu']}, {hardware['threads']} threads"
-    yield "copy bandwidth", f"{roofline.bandwidth / 1e9:,.1f} GB/s"
+    yield "copy bandwidth", f"{roofline.copy / 1e9:,.1f} GB/s (only reading: {roofline.read / 1e9:,.1f} GB/s)"
     yield "matrix products", f"{roofline.gemm / 1e9:,.0f} GFLOP/s in {roofline.dtype}"
     yield "one small operation", f"{1e6 * roofline.call_seconds:.1f} us"
     yield "dense FFNs", bench.dense_ffns
