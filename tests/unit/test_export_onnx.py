@@ -24,6 +24,7 @@ from ffsplit.export.nodes import NBits
 from ffsplit.export.storages import form, notes, refuse_inexpressible
 from ffsplit.export.sums import MergedSum, exportable
 from ffsplit.export.trace import GRAPH, trace_module
+from ffsplit.ffn.lookup import LookupSpec
 from ffsplit.ffn.projections import (
     NM,
     STORAGES,
@@ -140,6 +141,9 @@ def test_a_storage_that_no_graph_computes_is_refused_by_name() -> None:
     spec = SumSpec(d_model=D, branches=(BranchSpec(up=float8, down=DenseSpec(shape=(D, 16))),))
     with pytest.raises(ModelError, match=r"layers\.1\.mlp: the storage 'float8' .* has no ONNX form"):
         refuse_inexpressible([("layers.1.mlp", spec)])
+    tables = SumSpec(d_model=D, lookup=LookupSpec(d_model=D, tables=2, bits=2))
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp: lookup tables have no ONNX form"):
+        refuse_inexpressible([("layers.2.mlp", tables)])
 
 
 @pytest.mark.parametrize(

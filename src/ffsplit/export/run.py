@@ -147,7 +147,7 @@ def _specs(source: Source) -> list[tuple[str, SumSpec]]:
 def _loose(specs: list[tuple[str, SumSpec]]) -> bool:
     """Whether some step is not continuous, so that a last digit may decide: codes of inputs, thresholds, gates."""
     return any(
-        spec.rounds_inputs or spec.skip is not None or spec.lookup is not None or any(b.selector for b in spec.branches)
+        spec.rounds_inputs or spec.skip is not None or any(b.selector is not None for b in spec.branches)
         for _, spec in specs
     )
 

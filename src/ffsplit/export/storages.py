@@ -48,14 +48,13 @@ def form(spec: StorageSpec) -> Form:
 
 
 def refuse_inexpressible(specs: Iterable[tuple[str, SumSpec]]) -> None:
-    """Raise ModelError for the first FFN, by name, with a storage that no ONNX graph here can compute."""
+    """Raise ModelError for the first FFN, by name, with something in it that no ONNX graph here can compute."""
     for name, spec in specs:
+        if spec.lookup is not None:
+            raise ModelError(f"{name}: lookup tables have no ONNX form")
         for projection in spec.projections:
             if form(projection) == "refused":
-                raise ModelError(
-                    f"{name}: the storage {projection.kind!r} ({projection.describe()}) has no ONNX form; "
-                    "`ffsplit decompress` writes such a model densely where that is possible"
-                )
+                raise ModelError(f"{name}: the storage {projection.kind!r} ({projection.describe()}) has no ONNX form")
 
 
 def notes(specs: Iterable[SumSpec]) -> list[str]:
