@@ -16,8 +16,11 @@ from ffsplit.cli.resuming import resumable
 from ffsplit.cli.tables import line, show_facts, size
 
 if TYPE_CHECKING:
+    import torch
+
     from ffsplit.checkpoint.save import SavedCheckpoint
     from ffsplit.pipeline.result import CompressionResult
+    from ffsplit.recover.config import Recovery
 
 Compressed = Annotated[str, typer.Argument(help="A checkpoint that ffsplit wrote.", metavar="DIR", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Directory to write.", show_default="DIR-recovered")]
@@ -101,35 +104,43 @@ def recover(
             checks.check_model_name(name)
     place, weights = checks.torch_device(device), checks.torch_dtype(dtype)
     loading.register()
-    from ffsplit.pipeline.recover import recover as run
     from ffsplit.pipeline.recover import recovery_of
 
     settings = recovery_of({name: value for name, value in asked.items() if value is not None})
     if data is not None:
         checks.check_text(data, field, "calibration")
+    done = _recovered(directory, teacher, target, settings, place, weights, verify=not no_verify, overwrite=overwrite)
+    if done is not None:
+        print_json(_document(*done)) if as_json else _show(*done)
+
+
+def _recovered(
+    directory: str,
+    teacher: str | None,
+    target: Path,
+    settings: Recovery,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    verify: bool,
+    overwrite: bool,
+) -> tuple[CompressionResult, SavedCheckpoint] | None:
+    """Train and save; None in all processes but the first of several."""
+    from ffsplit.checkpoint.save import save
+    from ffsplit.pipeline.recover import recover as run
+    from ffsplit.recover.workers import workers
+
     journal = target.resolve().with_name(f"{target.resolve().name}.ffsplit-journal")
     with quiet(), reporting() as report, resumable(journal):
         result = run(
-            directory,
-            teacher,
-            recovery=settings,
-            device=place,
-            dtype=weights,
-            journal=journal,
-            progress=report,
+            directory, teacher, recovery=settings, device=device, dtype=dtype, journal=journal, progress=report
         )
-        from ffsplit.checkpoint.save import save
-        from ffsplit.recover.workers import workers
-
-        if not workers(place).first:
-            return
+        if not workers(device).first:
+            return None
         say(f"saving to {target}")
-        saved = save(result, target, verify=not no_verify, overwrite=overwrite)
+        saved = save(result, target, verify=verify, overwrite=overwrite)
         shutil.rmtree(journal, ignore_errors=True)
-    if as_json:
-        print_json(_document(result, saved))
-    else:
-        _show(result, saved)
+    return result, saved
 
 
 def _document(result: CompressionResult, saved: SavedCheckpoint) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def resumable(journal: Path) -> Iterator[None]:
     if finished := _finished(journal):
         say(f"resuming: {finished} FFNs are done already ({journal})")
     elif _worth_keeping(journal):
-        say(f"resuming: measurements are there already ({journal})")
+        say(f"resuming: what an earlier run measured or trained is there already ({journal})")
     try:
         yield
     except BaseException as error:
