@@ -32,7 +32,7 @@ from ffsplit.provenance import provenance
 GROUP = 128
 # (d_model, d_ff, gated, neurons of the heavy branch)
 SHAPES = [(4096, 11008, True, 1152), (8192, 28672, True, 2816), (4096, 16384, False, 1664)]
-TOKENS = (1, 4, 8, 16, 32, 33, 64, 256, 512, 1024, 2048, 8192)
+TOKENS = (1, 16, 64, 256, 2048, 8, 32, 33, 512, 1024, 8192)
 BEYOND_CACHE = 150e6
 ROUNDS = 7
 Call = Callable[[Tensor], Tensor]
