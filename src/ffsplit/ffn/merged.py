@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,6 @@ from torch.nn.functional import linear
 
 from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
 from ffsplit.kernels import cpu_int4
-from ffsplit.kernels.cache import DerivedCache
 from ffsplit.kernels.cpu_int4 import Int4Matrix, Int4Parts, int4_linear, int4_matrix, joined
 from ffsplit.kernels.dispatch import FLOATS, SMALLEST, is_traced, takes_kernels
 
@@ -64,8 +63,63 @@ class MergedSum:
     most_tokens: int
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What a merged sum (or the answer that there is none) was made from, to be looked at before every use.
+
+    Attributes:
+        merged: None if the branches cannot be merged.
+        held: dictionaries of modules, and what stood under which name in each.
+        tensors: among these.
+        state: version and address of each tensor.
+    """
+
+    merged: MergedSum | None
+    held: tuple[tuple[dict[str, Any], str, Any], ...]
+    tensors: tuple[Tensor, ...]
+    state: tuple[tuple[int, int], ...]
+
+    def is_current(self) -> bool:
+        """Whether nothing was replaced or changed in place."""
+        for named, name, it in self.held:
+            if named.get(name) is not it:
+                return False
+        return self.state == tuple([(tensor._version, tensor.data_ptr()) for tensor in self.tensors])
+
+
+class MergedCache:
+    """Merged matrices of one sum by dtype; empty in copies and pickles, in no ``state_dict``."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.dtype, str], Watched] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it keeps no matrices."""
+        return all(watched.merged is None for watched in self._made.values())
+
+    def drop(self) -> None:
+        """Forget everything; what is asked for next is made anew."""
+        self._made = {}
+
+    def get(self, x: Tensor, branches: Sequence[Branch]) -> MergedSum | None:
+        """For inputs like these; None if it cannot or need not be."""
+        key = x.dtype, torch.get_float32_matmul_precision()
+        watched = self._made.get(key)
+        if watched is None or not watched.is_current():
+            self.drop()
+            watched = self._made[key] = _watched(x, branches)
+        return watched.merged
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedCache:
+        return MergedCache()
+
+    def __reduce__(self) -> tuple[type[MergedCache], tuple[()]]:
+        return MergedCache, ()
+
+
 def merged_sum(
-    x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], cache: DerivedCache
+    x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], cache: MergedCache
 ) -> Float[Tensor, "*tokens d_model"] | None:
     """``sum_b branch_b(x)`` in merged products; None if these branches, inputs or circumstances do not allow it.
 
@@ -74,20 +128,27 @@ def merged_sum(
     """
     if is_traced() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in FLOATS:
         return None
-    if x.numel() > MOST_EVER * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+    if x.numel() > MOST_EVER * x.shape[-1] or torch.is_autocast_enabled("cpu") or not takes_kernels(x, ()):
         return None
-    projections = [projection for branch in branches for projection in _projections(branch)]
-    pays = len(branches) > 1 and x.dtype in HALF_PRECISION
-    if not pays and not all(isinstance(projection, Packed) for projection in projections):
-        return None
-    sources = [tensor for projection in projections for tensor in _tensors(projection)]
-    if not takes_kernels(x, sources):
-        return None
-    key = x.dtype, torch.get_float32_matmul_precision()
-    merged = cache.get(key, sources, lambda: _merge(branches, x.dtype))
+    merged = cache.get(x, branches)
     if merged is None or x.numel() > merged.most_tokens * x.shape[-1]:
         return None
     return _run(x.reshape(-1, x.shape[-1]), branches, merged).view(x.shape)
+
+
+def _watched(x: Tensor, branches: Sequence[Branch]) -> Watched:
+    """Merge, and remember what everything was made from."""
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    tensors: list[Tensor] = []
+    for branch in branches:
+        held += [(branch._modules, name, branch._modules.get(name)) for name in ("up", "gate", "down", "selector")]
+        for projection in _projections(branch):
+            for named in (projection._parameters, projection._buffers, projection._modules):
+                held += [(named, name, it) for name, it in named.items()]
+                tensors += [it for it in named.values() if isinstance(it, Tensor)]
+    merged = _merge(branches, x.dtype) if takes_kernels(x, tensors) else None
+    tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    return Watched(merged, tuple(held), tracked, tuple([(t._version, t.data_ptr()) for t in tracked]))
 
 
 def _run(
@@ -95,7 +156,7 @@ def _run(
 ) -> Float[Tensor, "tokens d_model"]:
     outputs: dict[int, Tensor] = {}
     for product in merged.inner:
-        outputs.update(zip(product.places, torch.split(product(x), product.sizes, 1), strict=True))
+        outputs.update(zip(product.places, _split(product(x), product.sizes), strict=True))
     hidden = [
         _before_outer(branch.down, branch.hidden_of(*_inner_outputs(branch, outputs, 2 * index)))
         for index, branch in enumerate(branches)
@@ -107,6 +168,10 @@ def _run(
         total = out if total is None else total.add_(out)
     assert total is not None
     return total
+
+
+def _split(found: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (found,) if len(sizes) == 1 else torch.split(found, sizes, 1)
 
 
 def _inner_outputs(branch: Branch, outputs: dict[int, Tensor], first: int) -> tuple[Tensor, Tensor | None]:
@@ -131,10 +196,12 @@ def _before_outer(down: Projection, hidden: Float[Tensor, "tokens neurons"]) -> 
 def _merge(branches: Sequence[Branch], dtype: torch.dtype) -> MergedSum | None:
     """The merged matrices; None if there is nothing to merge, or something that cannot be."""
     projections = [projection for branch in branches for projection in _projections(branch)]
+    pays = len(branches) > 1 and dtype in HALF_PRECISION
+    if not pays and not all(isinstance(projection, Packed) for projection in projections):
+        return None
     weights = sum(projection.spec.shape[0] * projection.spec.shape[1] for projection in projections)
-    several = len(branches) > 1 or any(branch.gate is not None for branch in branches)
     mergeable = all(_is_mergeable(projection, dtype) for projection in projections)
-    if not several or not mergeable or weights < SMALLEST or any(branch.selector is not None for branch in branches):
+    if not branches or not mergeable or weights < SMALLEST or any(branch.selector is not None for branch in branches):
         return None
     inner: list[tuple[int, Projection]] = []
     for index, branch in enumerate(branches):
@@ -198,9 +265,3 @@ def _most_tokens(projections: Sequence[Projection]) -> int:
 
 def _projections(branch: Branch) -> list[Projection]:
     return [projection for projection in (branch.up, branch.gate, branch.down) if projection is not None]
-
-
-def _tensors(projection: Projection) -> list[Tensor]:
-    """Without the walk over submodules, which would take longer than a small product."""
-    named = (*projection._parameters.values(), *projection._buffers.values())
-    return [tensor for tensor in named if tensor is not None]

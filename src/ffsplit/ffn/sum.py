@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from ffsplit.errors import ModelError
 from ffsplit.ffn.fused import FusedBranches
 from ffsplit.ffn.lookup import Lookup
-from ffsplit.ffn.merged import merged_sum
+from ffsplit.ffn.merged import MergedCache, merged_sum
 from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.skips import Skip
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.weights import FFNWeights
-from ffsplit.kernels.cache import DerivedCache
 
 
 def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +104,7 @@ class SumFFN(nn.Module):
     ``skip`` some tokens do without all of it.
 
     Attributes:
-        derived: merged matrices of the branches for few tokens, see :mod:`ffsplit.ffn.merged`.
+        merged: matrices of the branches for few tokens, see :mod:`ffsplit.ffn.merged`.
     """
 
     bias: nn.Parameter | None
@@ -126,12 +125,12 @@ class SumFFN(nn.Module):
         self.lookup = lookup
         self.skip = skip
         self.register_parameter("bias", _parameter(bias))
-        self.derived = DerivedCache()
+        self.merged = MergedCache()
         self._fused = FusedBranches()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # A cast or a move may leave the tensors' versions as they were.
-        self.derived.drop()
+        self.merged.drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -179,7 +178,7 @@ class SumFFN(nn.Module):
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         fused = self._fused(x, self._branches(), self.bias)
-        total = merged_sum(x, self._branches(), self.derived) if fused is None else fused
+        total = merged_sum(x, self._branches(), self.merged) if fused is None else fused
         for branch in self.branches if total is None else ():
             out = branch(x)
             total = out if total is None else total + out

@@ -157,8 +157,17 @@ def int4_matrix(parts: Int4Parts) -> Int4Matrix:
 
 def int4_linear(x: Float[Tensor, "*tokens columns"], matrix: Int4Matrix) -> Float[Tensor, "*tokens out"]:
     """``x W^T`` in the dtype of ``x``, computed from bfloat16 inputs to bfloat16 outputs, float32 between them."""
-    flat = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+    # No call that would change nothing: at one token of a small matrix each of them shows.
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if flat.dtype != torch.bfloat16:
+        flat = flat.bfloat16()
     if matrix.halves == 2:
         flat = torch.cat([flat, flat], 1)
-    found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, matrix.weight, matrix.group, matrix.scale_and_zero)
-    return found[:, : matrix.rows].to(x.dtype).view(*x.shape[:-1], matrix.rows)
+    found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        flat if flat.is_contiguous() else flat.contiguous(), matrix.weight, matrix.group, matrix.scale_and_zero
+    )
+    if found.shape[1] != matrix.rows:
+        found = found[:, : matrix.rows]
+    if found.dtype != x.dtype:
+        found = found.to(x.dtype)
+    return found if x.ndim == 2 else found.reshape(*x.shape[:-1], matrix.rows)

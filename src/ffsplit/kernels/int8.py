@@ -1,6 +1,7 @@
 """Products of int8 matrices: activations rounded per token at run time, weights beforehand.
 
-Sums of int8 products are exact in int32 (up to 133,000 columns), so every path gives the same numbers.
+Sums of int8 products are exact in int32 (up to 133,000 columns), so every path gives the same numbers, but for inputs
+next to the middle between two codes, which the CPU's kernel may round the other way.
 """
 
 from __future__ import annotations
@@ -68,18 +69,27 @@ def _padded(matrix: Int8[Tensor, "rows columns"], more: int, wider: int) -> Int8
 def int8_linear(
     x: Float[Tensor, "*tokens columns"],
     codes: Int8[Tensor, "out columns"],
-    scale: Float[Tensor, " out"],
+    scale_bits: Int[Tensor, " out"],
     cache: DerivedCache,
 ) -> Float[Tensor, "*tokens out"]:
     """``x W^T`` with ``x`` rounded to int8 per token; the gradient of ``x`` is that of the unrounded product.
 
     On CPUs with a kernel for it, a copy of the codes in its order is kept: a byte a weight.
+
+    Args:
+        x: inputs.
+        codes: of the weights.
+        scale_bits: of each row, float16 as int16 bit patterns.
+        cache: of this matrix.
     """
-    rounded, x_scale = round_rows(x.detach().reshape(-1, x.shape[-1]))
+    flat = x.detach().reshape(-1, x.shape[-1])
+    scale = scale_bits.view(torch.float16)
     if cpu_int8_takes(x, codes):
-        made = cache.get("cpu_int8", (codes,), lambda: cpu_int8.int8_matrix(codes))
-        sums = cpu_int8.product(rounded, made)
+        made = cache.get("cpu_int8", (codes, scale_bits), lambda: cpu_int8.int8_matrix(codes, scale))
+        moved, x_scale = cpu_int8.round_rows(flat)
+        found = cpu_int8.product(moved, made).mul_(x_scale)
     else:
-        sums = product(rounded, codes).to(x_scale)
-    found = sums.mul_(x_scale).mul_(scale.to(x_scale)).to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+        rounded, x_scale = round_rows(flat)
+        found = (product(rounded, codes).to(x_scale) * scale.to(x_scale)).mul_(x_scale)
+    found = found.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
     return with_gradient_of(found, x, lambda: codes.to(x_scale) * scale.to(x_scale)[:, None])

@@ -71,4 +71,4 @@ class Int8Dynamic(Projection):
         return (self.codes.to(wide) * self.row_scale.to(wide)[:, None]).to(dtype)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return int8_linear(x, self.codes, self.row_scale, self.derived)
+        return int8_linear(x, self.codes, self.scale, self.derived)
