@@ -340,7 +340,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     content: dict[str, Any] = next(read_results("cpu.json"), {})
     content |= {"provenance": provenance(seed=SEED), "clock": "CPU seconds of one thread", "group": GROUP}
-    content |= {"cpu": dict(torch.cpu.get_capabilities()), "decoded_room_bytes": decoded_room()}
+    content |= {"cpu": dict(torch.cpu.get_capabilities()), "decoded_room_bytes": decoded_room(torch.device("cpu"))}
     with torch.no_grad():  # modules made in inference mode could not keep anything
         if options.only != "model":
             content["ffn"] = time_ffns(options.rounds)

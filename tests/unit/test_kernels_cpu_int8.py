@@ -32,7 +32,7 @@ def test_the_kernel_agrees_with_the_reference(rows: int, columns: int, dtype: to
         found = projection(x)
         assert found.dtype == wanted.dtype
         # The same codes but for inputs next to the middle between two of them.
-        assert not x.numel() or bool((found - wanted).norm() <= 2e-3 * wanted.norm())
+        assert not x.numel() or bool((found - wanted).norm() <= 6e-3 * wanted.norm())
     assert projection.derived.is_empty != cpu_int8.fits((rows, columns))
 
 
