@@ -49,9 +49,9 @@ class Protocol:
         """
         source = open_source(str(smollm2()))
         dense, tokenizer = source.load(), source.tokenizer()
-        calibration = _windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", samples)
-        test = _windows(tokenizer, data_folder() / "wikitext2" / "test.txt", cap)
-        c4 = _c4_windows(tokenizer, cap)
+        calibration = windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", samples)
+        test = windows(tokenizer, data_folder() / "wikitext2" / "test.txt", cap)
+        c4 = c4_windows(tokenizer, cap)
         reference = copy.deepcopy(dense).to(device)
         base = {"wikitext2": perplexity(reference, test), "c4": perplexity(reference, c4)}
         print(f"dense: {base['wikitext2'].describe()} | {base['c4'].describe()}", flush=True)
@@ -95,11 +95,13 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
+def windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
+    """The first windows of a text."""
     return tokenize_windows(load_texts(file), tokenizer, seq_len=SEQ_LEN, samples=count)
 
 
-def _c4_windows(tokenizer: Any, count: int) -> TokenWindows:
+def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
+    """The first windows of the C4 slice."""
     lines = [json.loads(line) for line in (data_folder() / "c4_slice" / "c4.jsonl").read_text().splitlines()]
     texts = tuple(line["prefix"] + line["gold_completion"] for line in lines)
     return tokenize_windows(load_texts(texts), tokenizer, seq_len=SEQ_LEN, samples=count)

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 import ffsplit
 from _common import ROOT, data_folder, smollm2, write_result
+from _protocol import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, c4_windows, windows
 from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.evaluate.agreement import compare_language_models
 from ffsplit.evaluate.perplexity import perplexity
@@ -38,7 +39,7 @@ from ffsplit.recover.config import Recovery
 from ffsplit.recover.text import Text
 from ffsplit.recover.weights import as_sums
 from ffsplit.recover.whole import distil_model
-from table import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, ROWS, c4_windows, windows
+from table import ROWS
 
 PREPARED = ROOT / "build" / "recover-text.safetensors"
 FIT = "best: prune greedy OBS + refit 0.5, drift"
