@@ -131,6 +131,7 @@ class SumFFN(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # A cast or a move may leave the tensors' versions as they were.
         self.merged.drop()
+        self._fused.derived.drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
