@@ -29,6 +29,7 @@ KEEP = [
     ("prune by output norm", "prune output norm 0.75"),
     ("prune by output norm + refit", "prune output norm + refit 0.75"),
     ("prune by greedy OBS + refit", "prune greedy OBS + refit 0.75"),
+    ("allocator over layers (`auto`), drift repaired", "auto: keep 0.75"),
     ("whitened SVD", "whitened svd 0.5"),
     ("whitened SVD + our refit", "whitened svd + refit 0.5"),
     ("FFSplit, 35 % heavy, whitened rest", "ffsplit whitened 35 % heavy 0.5"),
