@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -128,7 +128,7 @@ class SumFFN(nn.Module):
         self.merged = MergedCache()
         self._fused = FusedBranches()
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SumFFN:
         # A cast or a move may leave the tensors' versions as they were.
         self.merged.drop()
         self._fused.derived.drop()

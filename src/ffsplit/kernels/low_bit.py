@@ -185,7 +185,10 @@ def _text(flag: bool) -> str:
     return "true" if flag else "false"
 
 
-@torch.library.custom_op("ffsplit::low_bit_ffn", mutates_args=())
+# The schema in words: under a runtime type checker it could not be read off the function.
+@torch.library.custom_op(
+    "ffsplit::low_bit_ffn", mutates_args=(), schema="(Tensor x, Tensor?[] tensors, int[] numbers) -> Tensor"
+)
 def low_bit_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     """What :class:`LowBitFFN` does, as an operator that compilers see; ``numbers`` are those of the shape."""
     shape = LowBitShape.from_numbers(numbers)

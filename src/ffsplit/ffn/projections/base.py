@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,7 +67,7 @@ class Projection(nn.Module, ABC):
         super().__init__()
         self.derived = DerivedCache()
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Projection:
         # A cast or a move may leave the tensors' versions as they were.
         self.derived.drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
