@@ -14,6 +14,7 @@ from ffsplit.ffn.fused import FusedBranches, _decoded, activation_name, low_bit_
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import nvrtc
+from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.float8_ffn import set_prefill
 from ffsplit.kernels.low_bit import LowBitShape, takes
@@ -106,6 +107,33 @@ def test_decoded_branches_are_the_same_ffn() -> None:
     decoded = _decoded(branches, bias, "silu", torch.float64)
     expected = sum(one(x) for one in branches) + bias
     torch.testing.assert_close(decoded(x), expected)
+
+
+def test_many_tokens_keep_one_decoded_ffn_for_every_dtype() -> None:
+    branches, fused = [branch(64, 4), branch(128, 3)], FusedBranches()
+    sources = [matrix.codes for one in branches for matrix in (one.up, one.down) if isinstance(matrix, Packed)]
+
+    def many(x: Tensor) -> Tensor | None:
+        return fused._many(x, branches, sources, None, "silu")
+
+    for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
+        x = torch.randn(5, 64).to(dtype)
+        found = many(x)
+        assert found is not None
+        assert found.dtype == dtype
+        expected = sum(one(x.double()) for one in branches)
+        assert float((found - expected).norm() / expected.norm()) < close
+    with torch.autocast("cpu", torch.bfloat16):
+        assert many(torch.randn(5, 64)) is None
+    assert many(torch.randn(5, 64).double()) is None
+    set_decoded_limit(0)
+    try:
+        assert FusedBranches()._many(torch.randn(5, 64), branches, sources, None, "silu") is None
+    finally:
+        set_decoded_limit(None)
+    with torch.inference_mode():
+        unseen = [branch(64, 4)]
+        assert FusedBranches()._many(torch.randn(5, 64), unseen, [unseen[0].up.codes], None, "silu") is None
 
 
 def test_the_operator_has_a_fake() -> None:

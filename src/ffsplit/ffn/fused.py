@@ -16,6 +16,7 @@ from transformers import activations
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
+from ffsplit.kernels.dispatch import FLOATS, as_autocast
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
 from ffsplit.kernels.low_bit import BRANCH_TENSORS, TOKENS, LowBitFFN, LowBitShape, low_bit_ffn, takes
 
@@ -139,15 +140,20 @@ class FusedBranches:
         self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
     ) -> Tensor | None:
         """All branches as one dense FFN, in float8 if that was asked for; None if there is no room to keep it."""
-        if not _belong(x, sources):
+        # Changes of inference tensors cannot be seen; under autocast a kept matrix would be cast at every forward.
+        present = [source for source in sources if source is not None]
+        if not _belong(x, present) or x.dtype not in FLOATS or any(source.is_inference() for source in present):
+            return None
+        if as_autocast(x) is not x:
             return None
         if wants_float8(x, sum(branch.up.spec.shape[0] for branch in branches)):
             made = self.derived.get("float8", sources, lambda: float8_ffn(_decoded(branches, bias, act, x.dtype)))
             return run_float8(x, made)
         weights = sum(math.prod(matrix.spec.shape) for b in branches for matrix in (b.up, b.gate, b.down) if matrix)
-        if not self.derived.holds("dense", sources) and weights * x.dtype.itemsize > decoded_room(x.device):
+        key = "dense", x.dtype
+        if not self.derived.holds(key, sources) and weights * x.dtype.itemsize > decoded_room(x.device):
             return None
-        return self.derived.get("dense", sources, lambda: _decoded(branches, bias, act, x.dtype, keep=True))(x)
+        return self.derived.get(key, sources, lambda: _decoded(branches, bias, act, x.dtype, keep=True))(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedBranches:
         return FusedBranches()
