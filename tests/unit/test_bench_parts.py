@@ -21,6 +21,7 @@ from ffsplit.bench.peers import PEERS, PeerFFN, build_peers
 from ffsplit.bench.roofline import Roofline, measure_roofline
 from ffsplit.budget.cost import dense_spec
 from ffsplit.ffn.made_up import fill
+from ffsplit.ffn.merged import MergedSum, Product, Watched
 from ffsplit.ffn.projections import Int8DynamicSpec, PackedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN, dense_branch
@@ -138,6 +139,16 @@ def test_what_kernels_derive_is_held() -> None:
     module = nn.Linear(4, 4, bias=False)
     module.derived = cache  # type: ignore[assignment]
     assert resident_bytes(module) == 64 + 4 + 400
+
+
+def test_what_a_sum_makes_of_all_its_branches_is_held() -> None:
+    module = packed()
+    before = resident_bytes(module)
+    product = Product(torch.zeros(25), [25], (0,))
+    module.merged._made[torch.float32, "highest"] = Watched(MergedSum((product,), (), 1), (), (), (), ())
+    assert resident_bytes(module) == before + 100
+    module._fused.derived.get("dense", [torch.zeros(1)], lambda: torch.zeros(50))
+    assert resident_bytes(module) == before + 100 + 4 + 200
 
 
 @pytest.mark.parametrize("scale_bits", [8, 16])

@@ -57,6 +57,14 @@ def exact(module: SumFFN, x: Tensor) -> Tensor:
         return copy.deepcopy(module).double()(x.double())
 
 
+def mirrored(branch: Branch) -> Branch:
+    """Another branch of the same structure."""
+    other = copy.deepcopy(branch)
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.copy_(tensor.flip(0))
+    return other
+
+
 MERGED = [
     ("4",),
     ("4", "4"),
@@ -127,6 +135,7 @@ def test_gradients_reach_biases_weights_and_inputs() -> None:
         lambda module: module.load_state_dict({n: t.flip(0) for n, t in module.state_dict().items()}, assign=True),
         lambda module: [tensor.copy_(tensor.flip(0)) for tensor in (*module.parameters(), *module.buffers())],
         lambda module: setattr(module.branches[0], "up", module.branches[0].gate),
+        lambda module: module.branches.__setitem__(0, mirrored(module.branches[0])),
     ],
 )
 @torch.no_grad()
@@ -145,6 +154,17 @@ def test_merged_matrices_follow_the_stored_ones(kinds: tuple[str, ...], change: 
     assert error(found, before.double()) > 0.1
     module.float()
     assert module.merged.is_empty
+
+
+@needs_int4
+@torch.no_grad()
+def test_merged_matrices_follow_the_number_of_branches() -> None:
+    module, x = ffn("4", "4").bfloat16(), torch.randn(2, D_MODEL).bfloat16()
+    module(x)
+    module.branches.append(ffn("4").bfloat16().branches[0])
+    assert error(module(x), exact(module, x)) < ROUNDED
+    del module.branches[0]
+    assert error(module(x), exact(module, x)) < ROUNDED
 
 
 @torch.no_grad()

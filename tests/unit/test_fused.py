@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ffsplit.ffn.fused import FusedBranches, _decoded, activation_name, low_bit_shapes
+from ffsplit.ffn.fused import FusedBranches, _belong, _decoded, _places, activation_name, low_bit_shapes
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
-from ffsplit.kernels import nvrtc
+from ffsplit.kernels import low_bit, nvrtc
 from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.float8_ffn import set_prefill
-from ffsplit.kernels.low_bit import LowBitShape, takes
+from ffsplit.kernels.low_bit import ALIGNMENT, LowBitFFN, LowBitShape, takes
 from ffsplit.ops.rounding import Grid
 
 
@@ -155,3 +159,85 @@ def test_sources_belong_to_the_package() -> None:
 def test_prefill_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="exact, float8"):
         set_prefill("int8")  # type: ignore[arg-type]
+
+
+def many(fused: FusedBranches, one: Branch, x: Tensor) -> Tensor | None:
+    """What the fused path for many tokens gives, on the CPU."""
+    known = fused._found([one])
+    sources = [None if place is None else place[0][place[1]] for place in known.tensors]
+    assert known.shapes is not None
+    return fused._many(x, [one], sources, None, known.shapes[0].act)
+
+
+@torch.no_grad()
+def test_the_decoded_ffn_follows_dtype_activation_and_moves() -> None:
+    one, x = branch(64, 4), torch.randn(3, 64) / 1000
+    whole = SumFFN(64, [one])
+    for dtype in (torch.bfloat16, torch.float32):
+        found = many(whole._fused, one, x.to(dtype))
+        assert found is not None
+        torch.testing.assert_close(found, one(x.to(dtype)), rtol=2e-2, atol=2e-2)
+    one.act = nn.ReLU()
+    found = many(whole._fused, one, x)
+    assert found is not None
+    torch.testing.assert_close(found, one(x))
+    assert not whole._fused.derived.is_empty
+    whole.to(torch.float16)  # changes no code, but a move to the CPU must give a GPU's memory back
+    assert whole._fused.derived.is_empty
+
+
+def test_kernels_want_rows_one_after_another() -> None:
+    one = branch(64, 4)
+    tensors = [None if place is None else place[0][place[1]] for place in _places(one)]
+    x = torch.randn(3, 64)
+    assert _belong(x, tensors)
+    down = one.down
+    assert isinstance(down, Packed)
+    down.scale = torch.zeros(2, 64, dtype=torch.int16).T
+    assert not _belong(x, [*tensors, down.scale])
+
+
+def test_inputs_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[list[int]] = []
+
+    def launcher(name: str, instance: str, device: int) -> object:
+        return lambda grid, block, pointers, integers: launched.append(pointers)
+
+    monkeypatch.setattr(low_bit.nvrtc, "launcher", launcher)
+    shape = LowBitShape(64, (64,), (4,), 64, True, "silu")
+    ffn = LowBitFFN([None] * 15, shape, 1, torch.bfloat16, 0)
+    room = torch.zeros(256, dtype=torch.bfloat16)
+    for start in (0, 1, 8):
+        ffn(room[start : start + 64].view(1, 64))
+    assert all(pointers[0] % ALIGNMENT == 0 for pointers in launched[::2])
+    assert launched[0][0] == room.data_ptr()
+
+
+class Driver:
+    """Stands in for torch.cuda: which device is current, and what is launched there in which stream."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.launched: list[tuple[int, int]] = []
+
+    def cuLaunchKernel(self, func: object, *rest: Any) -> int:
+        self.launched.append((self.current, rest[-3].value))
+        return 0
+
+    @contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+
+def test_kernels_are_launched_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.current)
+    monkeypatch.setattr(torch.cuda, "device", driver.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7 + driver.current))
+    for device in (0, 1):
+        nvrtc.Launcher(SimpleNamespace(func=None), device)((1, 1), 32, [1, 2], [3])
+    assert driver.launched == [(0, 7), (1, 8)]
+    assert driver.current == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 
 import pytest
 import torch
@@ -95,3 +96,12 @@ def test_both_roundings_are_the_same_but_next_to_halves() -> None:
     assert bool((moved[3] == 128).all())
     extremes = torch.tensor([[1.0, -1.0, 0.0], [1e-45, 0.0, -1e-45], [3e38, -3e38, 1e38]])
     assert cpu_int8.round_rows(extremes)[0].int().sub(128).abs().max() <= 127
+
+
+def test_a_default_device_changes_nothing() -> None:
+    projection, x = stored(272, 256), torch.randn(3, 256)
+    wanted = projection(x)
+    projection.derived.drop()
+    with torch.device("meta"):
+        assert torch.equal(projection(x), wanted)
+        assert runpy.run_path(cpu_int8.__file__)["MIDDLE_AS_TENSOR"].device.type == "cpu"

@@ -139,6 +139,12 @@ def test_bfloat16_is_fast_with_tiles_and_on_amds() -> None:
     assert not cpu.slow_in_bfloat16({})
 
 
+def test_a_slow_cpu_does_not_decide_for_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SLOW_BFLOAT16", True)
+    for device, expected in (("cpu", torch.float32), ("meta", torch.bfloat16)):
+        assert cpu.product_dtype(torch.empty(1, dtype=torch.bfloat16, device=device)) == expected
+
+
 @pytest.mark.parametrize("slow", [False, True])
 @torch.no_grad()
 def test_either_dtype_of_the_product_is_right(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:

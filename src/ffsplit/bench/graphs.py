@@ -29,6 +29,6 @@ def captured(work: Work, device: torch.device) -> Work:
             work()
     module.current_stream(device).wait_stream(side)
     graph = module.CUDAGraph()
-    with module.graph(graph):
+    with module.device(device), module.graph(graph, stream=side):  # a stream of this device, or nothing is recorded
         work()
     return graph.replay  # type: ignore[no-any-return]

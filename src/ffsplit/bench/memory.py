@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.evaluate.size import unique_bytes
+from ffsplit.ffn.fused import FusedBranches
+from ffsplit.ffn.merged import MergedCache
 from ffsplit.kernels.cache import DerivedCache
 
+CACHES = DerivedCache, MergedCache, FusedBranches
+"""What kernels keep of a projection, or of a whole sum."""
 _PROCESS = Path("/proc/self")
 
 
@@ -63,5 +67,5 @@ def _held(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | set):
         for inner in value:
             yield from _held(inner)
-    elif isinstance(value, DerivedCache) or (is_dataclass(value) and not isinstance(value, type)):
+    elif isinstance(value, CACHES) or (is_dataclass(value) and not isinstance(value, type)):
         yield from _held(vars(value))

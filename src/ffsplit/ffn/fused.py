@@ -16,9 +16,9 @@ from transformers import activations
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
-from ffsplit.kernels.dispatch import FLOATS, as_autocast
+from ffsplit.kernels.dispatch import FLOATS, as_autocast, takes_kernels
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
-from ffsplit.kernels.low_bit import BRANCH_TENSORS, TOKENS, LowBitFFN, LowBitShape, low_bit_ffn, takes
+from ffsplit.kernels.low_bit import ALIGNMENT, BRANCH_TENSORS, TOKENS, LowBitFFN, LowBitShape, low_bit_ffn, takes
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
@@ -85,6 +85,10 @@ class FusedBranches:
     """
 
     def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget everything; what is asked for next is found and made anew."""
         self.derived = DerivedCache()
         self._branches: tuple[Branch, ...] = ()
         self._known = _Known((), (), None)
@@ -100,11 +104,13 @@ class FusedBranches:
             return None
         if torch.compiler.is_compiling():
             return _traced(x, branches, bias)
+        if not takes_kernels(x, ()):
+            return None
         known = self._found(branches)
         if known.shapes is None:
             return None
         tensors = [None if place is None else place[0][place[1]] for place in known.tensors]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (bias, *tensors)):
             return None
         if takes(x, known.shapes):
             return self._few(x, tensors, bias, known.shapes)
@@ -112,8 +118,8 @@ class FusedBranches:
 
     def _found(self, branches: Sequence[Branch]) -> _Known:
         if tuple(branches) != self._branches or not self._known.is_current():
+            self.drop()
             self._branches, self._known = tuple(branches), _Known.of(branches)
-            self._launches = {}
         return self._known
 
     def _few(
@@ -126,7 +132,7 @@ class FusedBranches:
         tokens = x.numel() // x.shape[-1]
         key = -(-tokens // TOKENS), x.dtype
         if key not in self._launches:
-            fits = _belong(x, [*tensors, bias])
+            fits = _belong(x, [*tensors, bias]) and not any(address % ALIGNMENT for address in addresses)
             parts = zip(_pairs(tensors, bias), shapes, strict=True)
             made = [LowBitFFN(part, shape, tokens, x.dtype, x.device.index) for part, shape in parts] if fits else []
             self._launches[key] = made if all(launch.is_compiled for launch in made) else []
@@ -140,11 +146,9 @@ class FusedBranches:
         self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
     ) -> Tensor | None:
         """All branches as one dense FFN, in float8 if that was asked for; None if there is no room to keep it."""
-        # Changes of inference tensors cannot be seen; under autocast a kept matrix would be cast at every forward.
-        present = [source for source in sources if source is not None]
-        if not _belong(x, present) or x.dtype not in FLOATS or any(source.is_inference() for source in present):
+        if not takes_kernels(x, sources) or not _belong(x, sources) or x.dtype not in FLOATS:
             return None
-        if as_autocast(x) is not x:
+        if as_autocast(x) is not x:  # a kept matrix would be cast at every forward
             return None
         if wants_float8(x, sum(branch.up.spec.shape[0] for branch in branches)):
             made = self.derived.get("float8", sources, lambda: float8_ffn(_decoded(branches, bias, act, x.dtype)))
@@ -186,9 +190,10 @@ def _pairs(tensors: Sequence[Tensor | None], bias: Tensor | None) -> list[list[T
 
 
 def _belong(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all tensors are where the inputs are, and those of floating-point numbers in their dtype."""
+    """Whether all tensors lie row after row where the inputs are, those of floating-point numbers in their dtype."""
     present = [tensor for tensor in tensors if tensor is not None]
-    return all(t.device == x.device and (t.dtype == x.dtype or not t.is_floating_point()) for t in present)
+    placed = all(t.device == x.device and t.is_contiguous() for t in present)
+    return placed and all(t.dtype == x.dtype or not t.is_floating_point() for t in present)
 
 
 def _decoded(

@@ -69,18 +69,22 @@ class Watched:
 
     Attributes:
         merged: None if the branches cannot be merged.
+        branches: these.
         held: dictionaries of modules, and what stood under which name in each.
         tensors: among these.
         state: version and address of each tensor.
     """
 
     merged: MergedSum | None
+    branches: tuple[Branch, ...]
     held: tuple[tuple[dict[str, Any], str, Any], ...]
     tensors: tuple[Tensor, ...]
     state: tuple[tuple[int, int], ...]
 
-    def is_current(self) -> bool:
-        """Whether nothing was replaced or changed in place."""
+    def is_current(self, branches: Sequence[Branch]) -> bool:
+        """Whether these are the branches, and nothing of them was replaced or changed in place."""
+        if self.branches != tuple(branches):
+            return False
         for named, name, it in self.held:
             if named.get(name) is not it:
                 return False
@@ -106,7 +110,7 @@ class MergedCache:
         """For inputs like these; None if it cannot or need not be."""
         key = x.dtype, torch.get_float32_matmul_precision()
         watched = self._made.get(key)
-        if watched is None or not watched.is_current():
+        if watched is None or not watched.is_current(branches):
             self.drop()
             watched = self._made[key] = _watched(x, branches)
         return watched.merged
@@ -148,7 +152,7 @@ def _watched(x: Tensor, branches: Sequence[Branch]) -> Watched:
                 tensors += [it for it in named.values() if isinstance(it, Tensor)]
     merged = _merge(branches, x.dtype) if takes_kernels(x, tensors) else None
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    return Watched(merged, tuple(held), tracked, tuple([(t._version, t.data_ptr()) for t in tracked]))
+    return Watched(merged, tuple(branches), tuple(held), tracked, tuple([(t._version, t.data_ptr()) for t in tracked]))
 
 
 def _run(

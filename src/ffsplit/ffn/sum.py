@@ -131,7 +131,7 @@ class SumFFN(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SumFFN:
         # A cast or a move may leave the tensors' versions as they were.
         self.merged.drop()
-        self._fused.derived.drop()
+        self._fused.drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _capabilities() -> dict[str, Any]:
@@ -26,6 +27,7 @@ VECTORS = torch.backends.cpu.get_cpu_capability()
 SLOW_BFLOAT16 = slow_in_bfloat16(CAPABILITIES)
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype inputs of this one are best multiplied by a matrix that may be decoded into any."""
-    return torch.float32 if SLOW_BFLOAT16 and dtype in (torch.bfloat16, torch.float16) else dtype
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype these inputs are best multiplied by a matrix that may be decoded into any."""
+    slow = SLOW_BFLOAT16 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if slow else x.dtype

@@ -15,7 +15,7 @@ MOST_COLUMNS = 65_000
 MIDDLE = 128
 LARGEST = 127
 SMALLEST = LARGEST * torch.finfo(torch.float32).tiny
-MIDDLE_AS_TENSOR = torch.full((), float(MIDDLE))
+MIDDLE_AS_TENSOR = torch.full((), float(MIDDLE), dtype=torch.float32, device="cpu")
 
 
 def _is_available() -> bool:
@@ -50,7 +50,7 @@ def fits(shape: tuple[int, int]) -> bool:
 
 def int8_matrix(codes: Int8[Tensor, "out columns"], scale: Float[Tensor, " out"]) -> Int8Matrix:
     """Bring codes into oneDNN's order."""
-    zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
+    zeros = torch.zeros(codes.shape[0], dtype=torch.int32, device=codes.device)
     return Int8Matrix(torch.ops.onednn.qlinear_prepack(codes, None), scale.float(), zeros)
 
 

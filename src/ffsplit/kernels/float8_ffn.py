@@ -31,7 +31,7 @@ class _Mode:
 
 
 def set_prefill(how: Prefill) -> None:
-    """How FFNs of low-bit branches work on many tokens (more than 64) on GPUs.
+    """How FFNs of low-bit branches work on many tokens (more than 32) on GPUs.
 
     Args:
         how: ``"exact"``: by the decoded weights, in the dtype of the model, at the speed of the dense model;

@@ -26,6 +26,8 @@ TILE = 16
 """Rows that a block of threads works on; :data:`TOKENS` tokens stand beside them."""
 TOKENS = 8
 BRANCH_TENSORS = 14
+ALIGNMENT = 16
+"""Bytes that a thread reads at once: inputs and matrices start at a multiple of them."""
 NAMES = tuple(ACTIVATIONS)
 """Of activations, in the order in which the sources count them."""
 
@@ -82,6 +84,8 @@ class LowBitShape:
 def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) -> bool:
     """Whether the kernels are right for these inputs and, for so few tokens, faster than decoded weights."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or not x.numel():
+        return False
+    if x.shape[-1] != shapes[0].d_model:  # the plain path says what is wrong
         return False
     few = x.numel() // shapes[0].d_model <= MOST_TOKENS
     return few and all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
@@ -161,6 +165,8 @@ class LowBitFFN:
         assert self.inner is not None
         assert self.outer is not None
         flat, layout = x.reshape(-1, self.shape.d_model).contiguous(), self.layout
+        if flat.data_ptr() % ALIGNMENT:
+            flat = flat.clone()
         count = flat.shape[0]
         # The last tiles may be read beyond the tokens; what is found there is not used.
         tiles = -(-count // TOKENS) + max(layout.inner_tiles, layout.outer_tiles)

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
 from ffsplit.kernels.cache import DerivedCache
+from ffsplit.kernels.dispatch import is_traced
 from ffsplit.ops.packing import unpack
 
 SPARSE_CORES = (8, 0)
@@ -84,7 +85,7 @@ def n_m_linear(
 
 def _has_sparse_cores(x: Tensor, values: Tensor) -> bool:
     """Whether torch's 2:4 kernel takes these tensors and is right for what is being done with them."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.version.hip is not None:
+    if x.device.type != "cuda" or is_traced() or torch.version.hip is not None:
         return False
     differentiated = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
     fits = values.shape[0] % TILE[0] == 0 and x.shape[-1] % TILE[1] == 0

@@ -9,6 +9,7 @@ import ctypes
 import logging
 from functools import cache
 from importlib.resources import files
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,21 +29,32 @@ def source(name: str) -> str:
 class Launcher:
     """A compiled kernel: first its pointers, then its integers, one-dimensional blocks."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, device: int) -> None:
         self._kernel = compiled  # owns the module that holds the function
+        self._device = device
+        self._lock = Lock()
         self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
         self._cache: tuple[int, int] = (-1, -1)
 
     def __call__(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int]) -> None:
-        """Launch it in the current stream; addresses are not checked."""
-        if self._cache != (len(pointers), len(integers)):
-            self._lay_out(len(pointers), len(integers))
-        self._pointers[:] = [*pointers]
-        self._integers[:] = [*integers]
+        """Launch it in the current stream of its device; addresses are not checked."""
+        if torch.cuda.current_device() == self._device:
+            self._run(grid, block, pointers, integers)
+            return
+        # Layers spread over several GPUs run without a change of the current one.
+        with torch.cuda.device(self._device):
+            self._run(grid, block, pointers, integers)
+
+    def _run(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int]) -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        failed = self._launch(
-            self._kernel.func, *grid, 1, block, 1, 1, 0, ctypes.c_void_p(stream), self._arguments, None
-        )
+        with self._lock:  # threads share the places of the arguments
+            if self._cache != (len(pointers), len(integers)):
+                self._lay_out(len(pointers), len(integers))
+            self._pointers[:] = [*pointers]
+            self._integers[:] = [*integers]
+            failed = self._launch(
+                self._kernel.func, *grid, 1, block, 1, 1, 0, ctypes.c_void_p(stream), self._arguments, None
+            )
         if failed:
             raise RuntimeError(f"a kernel could not be launched: CUDA error {failed}")
 
@@ -71,7 +83,7 @@ def launcher(name: str, instance: str, device: int) -> Launcher | None:
         return None
     try:
         with torch.cuda.device(device):
-            return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]))
+            return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]), device)
     except (RuntimeError, OSError, AttributeError) as error:
         # A machine without NVRTC or with a driver older than it is served by the plain path, more slowly.
         _logger.warning("%s could not be compiled, low-bit FFNs are decoded before multiplying: %s", instance, error)

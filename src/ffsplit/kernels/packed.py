@@ -141,7 +141,7 @@ def packed_linear(
             inputs = (inputs.float() * matrix.input_scale.view(torch.float16).float()).to(inputs.dtype)
         return int4_linear(inputs, cache.get(path, matrix.sources, lambda: int4_matrix(matrix.int4())))
     # Autocast would cast the decoded matrix at every forward.
-    dtype = inputs.dtype if torch.is_autocast_enabled(x.device.type) else product_dtype(inputs.dtype)
+    dtype = inputs.dtype if torch.is_autocast_enabled(x.device.type) else product_dtype(inputs)
     return linear(inputs.to(dtype), _kept_dense(matrix, dtype, cache)).to(inputs.dtype)
 
 
