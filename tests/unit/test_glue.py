@@ -184,3 +184,22 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert outcome.code == 2, outcome.err
     assert message in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("values", [{"lr": 2.0}, {"lr": float("nan")}, {"epochs": float("inf")}])
+def test_impossible_settings_are_refused_before_a_directory_is_taken(values: dict[str, float]) -> None:
+    with pytest.raises(FFSplitError, match="fine-tuning"):
+        TuneSettings(**values)  # type: ignore[arg-type]
+
+
+def test_a_model_without_tokenizer_is_refused_before_a_directory_is_taken(folder: Path, tmp_path: Path) -> None:
+    tiny_bert("AutoModel").save_pretrained(tmp_path / "bare")
+    with pytest.raises(FFSplitError, match="no tokenizer"):
+        run_glue(job(folder, tmp_path / "bare", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_record_is_named(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ffsplit_glue.json").write_text('{"model": ')
+    with pytest.raises(ResumeError, match="damaged"):
+        run_glue(job(folder, encoder, tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +384,66 @@ def test_a_recipe_recovers_what_it_fitted(tmp_path: Path) -> None:
     saved = ffsplit.save(result, tmp_path / "out")
     assert saved.kind == "stock"
     assert "Then recovered" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("fields", [{"stages": "refit"}, {"stages": "blocks"}, {"guide": 0.5}])
+def test_ffns_that_do_not_stand_for_the_dense_ones_are_not_compared_with_them(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    dense = strong("llama")
+    recipe = {"method": {"method": "prune", "keep": 0.5}, "fold_norms": True}
+    result = ffsplit.compress(copy.deepcopy(dense), recipe=recipe, calibration=IDS, device="cpu")
+    ffsplit.save(result, tmp_path / "folded")
+    with pytest.raises(RecipeError, match="fold_norms"):
+        ffsplit.recover_checkpoint(tmp_path / "folded", dense, data=IDS, recovery=fields)
+    for whole in (recipe, {"method": {"method": "ffn-fusion", "count": 1}}):
+        with pytest.raises(RecipeError, match="at its place in the dense model"):
+            ffsplit.compress(copy.deepcopy(dense), recipe={**whole, "recovery": fields}, calibration=IDS, device="cpu")
+
+
+def test_adapters_beside_shared_matrices_are_refused() -> None:
+    dense = strong("llama")
+    student = compressed(dense, {"method": {"method": "share", "keep": 0.8, "protect_first": 0, "protect_last": 0}})
+    before = state(student)
+    with pytest.raises(RecipeError, match="share their matrices"):
+        recovered(student, dense, lora=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_ffns_of_one_block_go_on_from_the_inputs_that_they_had(tmp_path: Path) -> None:
+    dense = strong("xlm")
+    start = compressed(dense, SVD)
+    config = settings(stages="refit", steps=5)
+    first, again = copy.deepcopy(start), copy.deepcopy(start)
+    recover_model(first, dense, WINDOWS, config, device=CPU, folder=tmp_path)
+    for file in tmp_path.glob("*-done.safetensors"):  # as if it was killed after the first FFN
+        if file.name != "refit-0000-done.safetensors":
+            file.unlink()
+    recover_model(again, dense, WINDOWS, config, device=CPU, folder=tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "share", "keep": 0.8, "protect_first": 0, "protect_last": 0},
+        {"method": "ffn-fusion", "count": 1},
+        {"method": "finercut", "count": 1, "target": "attention"},
+        {"method": "bias-prune", "tolerance": 0.5},
+    ],
+    ids=lambda method: str(method["method"]),
+)
+def test_what_a_planner_decided_is_recovered_and_saved_again(method: dict[str, Any], tmp_path: Path) -> None:
+    dense = strong("llama-biased" if method["method"] == "bias-prune" else "llama")
+    result = ffsplit.compress(copy.deepcopy(dense), recipe={"method": method}, calibration=IDS, device="cpu")
+    ffsplit.save(result, tmp_path / "small")
+    config = {"steps": 3, "batch_size": 4, "seq_len": 16}
+    better = ffsplit.recover_checkpoint(tmp_path / "small", dense, data=IDS, recovery=config, device="cpu")
+    assert [ffn.method for ffn in better.plan.ffns] == [ffn.method for ffn in result.plan.ffns]
+    assert better.plan.attention == result.plan.attention
+    ffsplit.save(better, tmp_path / "better")
+    config_of = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("small", "better")]
+    stored = [one.get("quantization_config") for one in config_of]
+    assert (stored[0] or {}).get("attention") == (stored[1] or {}).get("attention")
+    again = ffsplit.load(tmp_path / "better")
+    assert torch.isfinite(again(input_ids=IDS[:2]).logits).all()

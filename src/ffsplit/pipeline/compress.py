@@ -155,7 +155,7 @@ def _recovery(
     """What trains the model once it is compressed, its text tried and the dense model kept; None if none is wanted."""
     if recipe.recovery is None:
         return None
-    check_possible(recipe.recovery, has_teacher=True)
+    check_possible(recipe.recovery, has_teacher=True, unlike=recipe.unlike_dense)
     windows = recovery_windows(model, tokenizer, recipe.recovery, source, recipe.calibration.source)
     return functools.partial(
         recover_model,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
 
 from ffsplit.errors import BudgetError, RecipeError
 from ffsplit.families.attention_site import AttentionSite
@@ -15,8 +15,17 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
 from ffsplit.methods.fused import FusedConfig
-from ffsplit.methods.registry import MethodConfig, get_method
-from ffsplit.pipeline.recipe import MethodField
+from ffsplit.methods.registry import MethodConfig, get_method, method_config
+
+
+def _step(value: object) -> object:
+    """A stored method; a planner's step, which no recipe may name, included."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return method_config(value)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
 
 
 class PlannedFFN(BaseModel):
@@ -26,7 +35,7 @@ class PlannedFFN(BaseModel):
 
     site: dict[str, Any]
     shape: dict[str, Any]
-    method: MethodField | None
+    method: Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_step)] | None
     spec: SumSpec
 
     @property

@@ -133,6 +133,15 @@ class Recipe(_Block):
     recovery: Recovery | None = None
 
     @property
+    def unlike_dense(self) -> str | None:
+        """Why the FFNs cannot be compared with those of the dense model one by one; None if they can be."""
+        if self.fold_norms:
+            return "the norms in front of these FFNs were folded into them (fold_norms)"
+        if self.planner is not None and self.planner.method == "ffn-fusion":
+            return "some of these FFNs hold the neurons of several (ffn-fusion)"
+        return None
+
+    @property
     def planner(self) -> PlannerConfig | None:
         """What decides over the FFNs, or None when every FFN gets the same method."""
         return self.method if isinstance(self.method, PlannerConfig) else None

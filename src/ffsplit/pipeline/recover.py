@@ -66,6 +66,7 @@ def recover(
     settings = recovery_of(recovery)
     check_possible(settings, teacher is not None)
     plan, recipe, report = stored_result(folder)
+    check_possible(settings, teacher is not None, unlike=recipe.unlike_dense)
     dense_source = None if teacher is None or isinstance(teacher, PreTrainedModel) else open_source(str(teacher))
     if dense_source is not None:
         refuse_compressed(dense_source.config, dense_source.name)
@@ -74,6 +75,9 @@ def recover(
     model = source.load(dtype)
     if isinstance(data, str | Path):
         settings, data = settings.model_copy(update={"source": str(data)}), None
+    if data is None and settings.source is None and settings.field is None:
+        # The text of the fit, which is read as it was then.
+        settings = settings.model_copy(update={"field": recipe.calibration.field})
     windows = recovery_windows(model, tokenizer, settings, data, recipe.calibration.source)
     plan = located(plan, model)
     dense = teacher if dense_source is None else dense_source.load(dtype)
@@ -131,4 +135,5 @@ def located(plan: Plan, model: PreTrainedModel) -> Plan:
     sites = {site.name: site.to_dict() for site in find_ffns(model).sites}
     if missing := [ffn.name for ffn in plan.ffns if ffn.name not in sites]:
         raise CheckpointError(f"the plan names the FFN {missing[0]}, which {type(model).__name__} does not have")
-    return Plan(ffns=tuple(ffn.model_copy(update={"site": sites[ffn.name]}) for ffn in plan.ffns))
+    here = tuple(ffn.model_copy(update={"site": sites[ffn.name]}) for ffn in plan.ffns)
+    return plan.model_copy(update={"ffns": here})

@@ -118,22 +118,24 @@ class Tour:
         return notes
 
     def _block(self, replay: BlockReplay, block: Block, index_of: dict[str, int]) -> list[dict[str, Any]]:
-        notes: list[dict[str, Any] | None] = []
-        left: list[FFNSite] = []
-        for site in _compressed_sites(self.student, block):
-            key = self._key(index_of[site.name])
-            kept = None if self.store is None else self.store.finished(key, _sum_at(self.student, site))
-            left += [site] if kept is None else []
-            notes.append(kept)
+        sites = _compressed_sites(self.student, block)
+        left = [site for site in sites if self.store is None or not self.store.holds(self._key(index_of[site.name]))]
+        inputs = {}
         if left:
-            # A replaced FFN has no projections of its own any more: what comes in is seen at the sum.
+            # A replaced FFN has no projections of its own any more: what comes in is seen at the sum. Inputs of a block
+            # are recorded before any of its FFNs changes, finished ones of an earlier run included.
             inside = replay.model is self.student
             here = [replace(site, up=site.name) if inside else site for site in left]
             inputs = replay.capture(replace(block, sites=tuple(here)))
-            for site in left:
-                rows = torch.cat(list(inputs[site.name])).to(replay.device)
-                inputs[site.name].drop()
-                notes.append(self._layer(site, index_of[site.name], rows))
+        notes: list[dict[str, Any] | None] = []
+        for site in sites:
+            if site not in left:
+                assert self.store is not None
+                notes.append(self.store.finished(self._key(index_of[site.name]), _sum_at(self.student, site)))
+                continue
+            rows = torch.cat(list(inputs[site.name])).to(replay.device)
+            inputs[site.name].drop()
+            notes.append(self._layer(site, index_of[site.name], rows))
         return [note for note in notes if note]
 
     def _layer(self, site: FFNSite, index: int, rows: Tensor) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ffsplit.errors import RecipeError
-from ffsplit.ffn.projections import Dense
+from ffsplit.ffn.projections import Dense, Tied
 from ffsplit.recover.weights import sums_of
 
 ALPHA_PER_RANK = 2
@@ -36,7 +36,7 @@ def adapted(model: nn.Module, rank: int, seed: int) -> Iterator[dict[str, nn.Par
     Gives the adapters' parameters by name.
 
     Raises:
-        RecipeError: there is no dense matrix, or PEFT is not installed.
+        RecipeError: there is no dense matrix, FFNs share theirs, or PEFT is not installed.
 
     Reference: Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -44,6 +44,9 @@ def adapted(model: nn.Module, rank: int, seed: int) -> Iterator[dict[str, nn.Par
     places = _dense_places(model)
     if not places:
         raise RecipeError("lora: the compressed FFNs have no dense matrices to adapt; leave lora out")
+    if any(isinstance(module, Tied) for module in model.modules()):
+        # What is tied reads its owner's matrix, beside which it would not see the adapter while it is trained.
+        raise RecipeError("lora: some of the compressed FFNs share their matrices; leave lora out")
     stored = {path: model.get_submodule(path) for path in places}
     for path, projection in stored.items():
         model.set_submodule(path, _as_linear(projection))

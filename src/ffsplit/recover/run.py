@@ -105,15 +105,26 @@ def recover_model(
     return {"recipe": config.model_dump(mode="json"), "text": _text_record(windows), "stages": notes}
 
 
-def check_possible(config: Recovery, has_teacher: bool) -> None:
+def check_possible(config: Recovery, has_teacher: bool, *, unlike: str | None = None) -> None:
     """Refuse what no model could do.
 
+    Args:
+        config: stages and settings.
+        has_teacher: whether there is a dense model.
+        unlike: why the compressed FFNs do not stand for the dense one's, each at its place, if they do not.
+
     Raises:
-        RecipeError: a stage needs a dense model and there is none, or a library is missing.
+        RecipeError: a stage needs a dense model and there is none, or FFNs to compare one by one; a library is missing.
     """
     needy = [stage for stage in config.stages if stage != "model"]
     if needy and not has_teacher:
         raise RecipeError(f"stage {needy[0]} compares every FFN with its dense original: give the teacher")
+    if unlike is not None and (needy or config.guide):
+        what = f"stage {needy[0]}" if needy else "guide"
+        raise RecipeError(
+            f"{what} puts every FFN beside the one at its place in the dense model, but {unlike}: use the "
+            "stage model alone, without guide"
+        )
     if config.guide and not has_teacher:
         raise RecipeError("guide mixes in the dense model's FFNs: give the teacher")
     if config.lora is not None:

@@ -68,6 +68,10 @@ class Store:
         save_file(tensors, partial, metadata={"notes": json.dumps(notes)})
         os.replace(partial, file)
 
+    def holds(self, name: str) -> bool:
+        """Whether a module was finished in an earlier run."""
+        return self._done(name).exists()
+
     @torch.no_grad()
     def finished(self, name: str, module: nn.Module) -> dict[str, Any] | None:
         """Put a finished module's tensors into this one and give its notes; None if it is not finished.

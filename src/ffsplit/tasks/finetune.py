@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +59,11 @@ class TuneSettings:
                 f"fine-tuning: epochs={self.epochs} and temperature={self.temperature} must be above 0, "
                 f"batch_size={self.batch_size} and evaluations={self.evaluations} at least 1"
             )
-        if not 0 <= self.distill <= 1 or self.hidden < 0:
+        if not math.isfinite(self.epochs) or not 0 < self.lr < 1:
+            raise RecipeError(f"fine-tuning: epochs={self.epochs} must be finite, lr={self.lr} in (0, 1)")
+        if not 0 <= self.distill <= 1 or not 0 <= self.hidden < math.inf:
             raise RecipeError(
-                f"distillation: distill={self.distill} must be in [0, 1], hidden={self.hidden} at least 0"
+                f"distillation: distill={self.distill} must be in [0, 1], hidden={self.hidden} at least 0, finite"
             )
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ffsplit.checkpoint.reload import reload_and_compare
 from ffsplit.checkpoint.save import PLAN_FILE, RECIPE_FILE, REPORT_FILE, publish, save, staged
-from ffsplit.errors import ResumeError
+from ffsplit.errors import DataError, ResumeError
 from ffsplit.evaluate.size import size_of
 from ffsplit.families import find_ffns
 from ffsplit.pipeline.compress import check_plan, compress, refuse_compressed, shapes_of
@@ -98,8 +98,10 @@ def run_glue(job: GlueJob) -> dict[str, Any]:
         FFSplitError: the model, the recipe or the data do not fit; before anything is trained.
     """
     _check_model(job)
-    claim(job.out, job.identity())
     tokenizer = job.source.tokenizer()
+    if tokenizer is None:
+        raise DataError(f"{job.source.name}: has no tokenizer, which the task's texts need")
+    claim(job.out, job.identity())
     parts = {"train": job.data.train, "select": job.data.select, "report": job.data.report}
     encoded = {name: encode(part, tokenizer, job.seq_len).to(job.device) for name, part in parts.items()}
     results = {seed: _Seed(job, seed, encoded, tokenizer).run() for seed in job.seeds}
@@ -109,7 +111,7 @@ def run_glue(job: GlueJob) -> dict[str, Any]:
         "summary": {phase: summary([result[phase]["scores"] for result in results.values()]) for phase in PHASES},
         "provenance": provenance(seed=job.seeds[0]),
     }
-    (job.out / RUN_FILE).write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
+    _write_json(job.out / RUN_FILE, plain(report))
     return report
 
 
@@ -121,7 +123,10 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
     """
     file = out / RUN_FILE
     if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ResumeError(f"{file}: damaged ({error}); remove it, or choose another --out") from error
         for name, value in identity.items():
             if stored.get(name) != value:
                 raise ResumeError(
@@ -130,7 +135,14 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
                 )
         return
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    _write_json(file, identity)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """The file appears whole or not at all."""
+    work = file.with_suffix(".partial")
+    work.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    work.replace(file)
 
 
 def summary(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -182,9 +194,7 @@ class _Seed:
             "scores": scores(model, self.job.data.task, self.encoded["report"]),
             "parameters": size_of(model).parameters,
         }
-        work = note.with_suffix(".partial")
-        work.write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
-        work.replace(note)
+        _write_json(note, plain(facts))
         return facts
 
     def _load(self, phase: Phase) -> PreTrainedModel:
