@@ -39,7 +39,7 @@ DECODERS = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "gpt2", "opt", "gpt-neox", "gpt-neo", "gptj",
     "phi", "falcon", "cohere", "olmo2", "stablelm", "starcoder2", "nemotron", "glm", "xglm",
 )  # fmt: skip
-# Not LLaVA: about one run in thirty, its check of left-out attentions sees another output change (cause not found).
+# Not LLaVA: in one of twenty runs its check of left-out attentions saw another output change (cause not found).
 OTHERS = ("bert-mlm", "roberta", "distilbert", "modernbert", "mpnet-mlm", "esm", "xlm", "vit", "clip", "bart")
 
 
