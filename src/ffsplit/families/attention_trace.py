@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from ffsplit.families.forward import Inputs
-from ffsplit.families.projection import is_projection
+from ffsplit.families.hooked import HookedRun, tensors_in
 from ffsplit.families.provenance import ProvenanceMode
 
 ATTENDING = ("softmax", "scaled_dot_product")
@@ -71,8 +69,8 @@ class _AttendingMode(ProvenanceMode):  # type: ignore[no-untyped-call]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class AttentionTracer:
-    """Context manager around one forward. Removes its hooks in every case.
+class AttentionTracer(HookedRun):
+    """Which modules attended in one forward, and which projections it called.
 
     Attributes:
         outs: the calls of projections, by path, in execution order.
@@ -81,33 +79,16 @@ class AttentionTracer:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self._names = {module: name for name, module in model.named_modules() if name}
-        self._mode = _AttendingMode(leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor))
-        self._handles: list[RemovableHandle] = []
+        mode = _AttendingMode(tensors_in(dict(inputs)))
+        super().__init__({module: name for name, module in model.named_modules() if name}, mode)
+        self.added = mode.added
         self._given: list[dict[str, int]] = []
         self.outs: dict[str, list[OutCall]] = {}
         self.hosts: list[HostCall] = []
 
-    @property
-    def added(self) -> set[str]:
-        return self._mode.added
-
     def follows(self, call: OutCall) -> bool:
         """Whether a projection ends an attention: an attending module returned its input, or its output."""
         return any(host.returned[:1] in ((call.x,), (call.y,)) for host in self.hosts)
-
-    def __enter__(self) -> Self:
-        for module in self._names:
-            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            after = self._after_projection if is_projection(module) else self._after
-            self._handles.append(module.register_forward_hook(after))
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._mode.__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         mode = self._mode
@@ -126,6 +107,6 @@ class AttentionTracer:
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         path, given = self._mode.running.pop(), self._given.pop()
         if path in self._mode.attended and isinstance(output, Tensor | tuple):
-            returned = tuple(self._mode.identity(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            returned = tuple(self._mode.identity(leaf) for leaf in tensors_in(output))
             returns = len(output) if isinstance(output, tuple) else 0
             self.hosts.append(HostCall(path, given, returned, returns))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ffsplit.families.forward import Inputs, drive
-from ffsplit.families.projection import is_projection
+from ffsplit.families.hooked import HookedRun, tensors_in
 from ffsplit.families.provenance import ProvenanceMode, Value
 
 
@@ -88,32 +86,17 @@ class _Call:
     given: tuple[int, ...]
 
 
-class Tracer:
-    """Context manager that fills a `Trace` while the model runs inside it. Removes its hooks in every case."""
+class Tracer(HookedRun):
+    """Fills a `Trace` while the model runs inside it."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.trace = Trace()
-        self._names = {module: name for name, module in model.named_modules()}
-        self._mode = ProvenanceMode(leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor))
-        self._handles: list[RemovableHandle] = []
+        mode = ProvenanceMode(tensors_in(dict(inputs)))
+        super().__init__({module: name for name, module in model.named_modules()}, mode)
+        self.trace = Trace(added=mode.added)
         self._elements = {
             element for module in self._names if isinstance(module, nn.ModuleList) for element in module.children()
         }
         self._running: list[_Call] = []
-
-    def __enter__(self) -> Self:
-        for module in self._names:
-            after = self._after_projection if is_projection(module) else self._after_module
-            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after))
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._mode.__exit__(*exception)  # type: ignore[no-untyped-call]
-        self.trace.added = self._mode.added
-        for handle in self._handles:
-            handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         path, mode = self._names[module], self._mode
@@ -126,7 +109,7 @@ class Tracer:
         )
 
     def _identities(self, tree: Any) -> tuple[int, ...]:
-        return tuple(self._mode.identity(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+        return tuple(self._mode.identity(leaf) for leaf in tensors_in(tree))
 
     def _after_projection(self, module: nn.Module, _args: Any, output: Any) -> None:
         before = self._running.pop().single
@@ -137,7 +120,7 @@ class Tracer:
         if value is not None:
             self.trace.downs.append(DownCall(path, value, x, self._mode.identity(output)))
 
-    def _after_module(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._running.pop()
         if module in self._elements:
             self.trace.flows[self._names[module]].append(Flow(call.given, self._identities(output)))
