@@ -33,7 +33,7 @@ def weak_columns(
     damage = (weight.double() - rounded.double()).square().sum(0)
     if gram is not None:
         damage = damage * gram.diagonal().double().clamp_min(0.0)
-    return damage.argsort(descending=True, stable=True)[:count].sort().values
+    return _costliest(damage, count)
 
 
 def other_columns(index: Int[Tensor, " count"], columns: int) -> Int[Tensor, " others"]:
@@ -90,7 +90,12 @@ def weak_weights(
     damage = (weight.double() - rounded.double()).square()
     if gram is not None:
         damage = damage / inverse_factor(gram.double(), ridge).square().sum(0)
-    return damage.flatten().argsort(descending=True, stable=True)[:count].sort().values
+    return _costliest(damage.flatten(), count)
+
+
+def _costliest(damage: Float[Tensor, " places"], count: int) -> Int[Tensor, " count"]:
+    """The places of the largest damages, ascending; of equal ones the first."""
+    return damage.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def extremes(weight: Float[Tensor, "out in"], group: int, each: int = 2) -> Int[Tensor, " count"]:
