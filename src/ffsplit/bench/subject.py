@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ffsplit.calibrate.tokens import max_positions
 from ffsplit.checkpoint.quantizer import METHOD, FFSplitStorageConfig, localize
-from ffsplit.checkpoint.save import PLAN_FILE
 from ffsplit.errors import CannotRunError, CheckpointError, FFSplitError, ModelError
 from ffsplit.families.find import find_ffns
 from ffsplit.families.site import FFNSite
@@ -22,6 +21,7 @@ from ffsplit.families.spelling import spellings
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.pipeline.load import Source, open_source
+from ffsplit.pipeline.result import PLAN_FILE
 
 Kind = Literal["dense", "stock", "ffsplit"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ffsplit.errors import ResumeError
+from ffsplit.files import read_json, write_whole
 
 
 class Ledger:
@@ -22,10 +22,7 @@ class Ledger:
         self._file = file
         self._values: dict[str, float] = {}
         if file is not None and file.exists():
-            try:
-                self._values = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ResumeError(f"{file} is damaged ({error}); remove it to measure again") from error
+            self._values = read_json(file, "remove it to measure again")
 
     def get(self, key: str) -> float | None:
         """The number under a key, or None."""
@@ -35,6 +32,4 @@ class Ledger:
         """Keep a number; the file appears whole or not at all."""
         self._values[key] = value
         if self._file is not None:
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self._values, indent=1), encoding="utf-8")
-            partial.replace(self._file)
+            write_whole(self._file, json.dumps(self._values, indent=1))

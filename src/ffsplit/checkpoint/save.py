@@ -21,12 +21,9 @@ from ffsplit.checkpoint.quantizer import FFSplitQuantizer, FFSplitStorageConfig
 from ffsplit.checkpoint.reload import reload_and_compare
 from ffsplit.checkpoint.stock import stock_model
 from ffsplit.errors import CheckpointError
-from ffsplit.pipeline.result import CompressionResult
+from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE, CompressionResult
 from ffsplit.plain import plain
 
-PLAN_FILE = "ffsplit_plan.json"
-RECIPE_FILE = "ffsplit_recipe.yaml"
-REPORT_FILE = "ffsplit_report.json"
 Kind = Literal["stock", "ffsplit"]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ffsplit.checkpoint.save import PLAN_FILE
 from ffsplit.checkpoint.stock import stock_model
 from ffsplit.errors import CheckpointError, FFSplitError, ModelError, RecipeError
 from ffsplit.families import FFNSite, read, replace
 from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.pipeline.load import open_source
+from ffsplit.pipeline.result import PLAN_FILE
 
 
 def load(directory: str | Path, *, width: float | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:

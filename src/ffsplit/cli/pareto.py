@@ -64,8 +64,8 @@ def write_front(run: Run, recipe: Recipe, budgets: list[str], *, own: bool, as_j
 
 def _checkpoint(run: Run, recipe: Recipe, budget: str, name: str, work: Path, report: Report) -> dict[str, Any]:
     """Carry one budget out, unless an interrupted run did; what the front says about it."""
-    from ffsplit.checkpoint.save import REPORT_FILE
     from ffsplit.pipeline.recipe import load_recipe
+    from ffsplit.pipeline.result import REPORT_FILE
 
     folder, journal = work / "output" / name, work / f"run-{name}"
     if not folder.is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ffsplit.errors import ResumeError
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
+from ffsplit.files import claim_directory, read_json, whole_file, write_whole
 
 _IDENTITY = "journal.json"
 
@@ -44,19 +44,7 @@ class Journal:
 
     def __init__(self, directory: str | Path, identity: dict[str, Any]) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        file = self.directory / _IDENTITY
-        identity = json.loads(json.dumps(identity, default=str))
-        if file.exists():
-            found = _read_identity(file)
-            if found != identity:
-                differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
-                raise ResumeError(
-                    f"{self.directory} belongs to a run with other {', '.join(differing)}; remove it to start afresh, "
-                    "or repeat the interrupted command"
-                )
-        else:
-            _write_whole(file, json.dumps(identity, indent=1).encode())
+        claim_directory(self.directory / _IDENTITY, json.loads(json.dumps(identity, default=str)), "run")
 
     def _file(self, index: int) -> Path:
         return self.directory / f"ffn-{index:04d}.safetensors"
@@ -71,11 +59,10 @@ class Journal:
 
     def store(self, index: int, module: SumFFN, notes: dict[str, Any]) -> None:
         """Write one finished FFN; it appears whole or not at all."""
-        file, partial = self._file(index), self._file(index).with_suffix(".partial")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in sum_state(module).items()}
         metadata = {"spec": module.spec.model_dump_json(), "notes": json.dumps(notes)}
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, file)
+        with whole_file(self._file(index)) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     def load(self, index: int, act: nn.Module, dtype: torch.dtype) -> tuple[SumFFN, dict[str, Any]]:
         """Read one finished FFN and its notes.
@@ -103,7 +90,7 @@ class Journal:
 
     def keep(self, name: str, content: Any) -> None:
         """Write plain values as JSON; they appear whole or not at all."""
-        _write_whole(self.directory / f"{name}.json", json.dumps(content, indent=1).encode())
+        write_whole(self.directory / f"{name}.json", json.dumps(content, indent=1))
 
     def kept(self, name: str) -> Any | None:
         """What :meth:`keep` wrote under a name, or None.
@@ -112,26 +99,8 @@ class Journal:
             ResumeError: the file is damaged.
         """
         file = self.directory / f"{name}.json"
-        return _read_json(file) if file.exists() else None
+        return read_json(file, "remove the directory to start afresh") if file.exists() else None
 
     def remove(self) -> None:
         """Delete the journal: the result is safe elsewhere."""
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _read_identity(file: Path) -> dict[str, Any]:
-    found = _read_json(file)
-    return found if isinstance(found, dict) else {}
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResumeError(f"{file} is damaged ({error}); remove the directory to start afresh") from error
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

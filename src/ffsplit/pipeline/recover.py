@@ -20,14 +20,13 @@ from ffsplit.pipeline.compress import Progress, default_device, refuse_compresse
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.plan import Plan
 from ffsplit.pipeline.recipe import Recipe, load_recipe
-from ffsplit.pipeline.result import CompressionResult
+from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE, CompressionResult
 from ffsplit.provenance import provenance
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.run import check_possible, recover_model
 from ffsplit.recover.text import recovery_windows
 from ffsplit.recover.weights import sums_of
 
-PLAN_FILE, RECIPE_FILE, REPORT_FILE = "ffsplit_plan.json", "ffsplit_recipe.yaml", "ffsplit_report.json"
 TextInput = str | Path | Sequence[str] | Tensor | TokenWindows
 
 

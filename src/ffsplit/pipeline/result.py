@@ -11,6 +11,9 @@ from ffsplit.families.site import FFNSite
 from ffsplit.pipeline.plan import Plan
 from ffsplit.pipeline.recipe import Recipe
 
+PLAN_FILE, RECIPE_FILE, REPORT_FILE = "ffsplit_plan.json", "ffsplit_recipe.yaml", "ffsplit_report.json"
+"""What a checkpoint holds of a result beside the model."""
+
 
 @dataclass
 class CompressionResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit.errors import ResumeError
+from ffsplit.files import claim_directory, whole_file
 
 _IDENTITY = "recovery.json"
 
@@ -32,20 +32,8 @@ class Store:
 
     def __init__(self, directory: Path, parts: dict[str, Any], writes: bool = True) -> None:
         self.directory, self.writes = directory, writes
-        known = json.dumps(parts, sort_keys=True, indent=1)
-        self.identity = hashlib.sha256(known.encode()).hexdigest()
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / _IDENTITY
-        if file.exists():
-            found = _read_json(file)
-            if found != parts:
-                differing = sorted(key for key in parts if not isinstance(found, dict) or found.get(key) != parts[key])
-                raise ResumeError(
-                    f"{directory} belongs to a recovery with other {', '.join(differing)}; remove it to start afresh, "
-                    "or repeat the interrupted command"
-                )
-        elif writes:
-            write_whole(file, known.encode())
+        self.identity = hashlib.sha256(json.dumps(parts, sort_keys=True, indent=1).encode()).hexdigest()
+        claim_directory(directory / _IDENTITY, parts, "recovery", writes=writes)
 
     def state(self, name: str) -> Path:
         """The file for the state of a training under way."""
@@ -63,10 +51,8 @@ class Store:
                 continue
             seen.add(tensor.data_ptr())
             tensors[key] = tensor.detach().cpu().contiguous()
-        file = self._done(name)
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"notes": json.dumps(notes)})
-        os.replace(partial, file)
+        with whole_file(self._done(name)) as partial:
+            save_file(tensors, partial, metadata={"notes": json.dumps(notes)})
 
     def holds(self, name: str) -> bool:
         """Whether a module was finished in an earlier run."""
@@ -94,17 +80,3 @@ class Store:
 
     def _done(self, name: str) -> Path:
         return self.directory / f"{name}-done.safetensors"
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file; it appears whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResumeError(f"{file} is damaged ({error}); remove the directory to start afresh") from error

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from ffsplit.checkpoint.card import shown_name
 from ffsplit.checkpoint.quantizer import METHOD
-from ffsplit.checkpoint.save import PLAN_FILE, REPORT_FILE
 from ffsplit.errors import CheckpointError
 from ffsplit.evaluate.size import size_of
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.pipeline.load import Source, open_source
+from ffsplit.pipeline.result import PLAN_FILE, REPORT_FILE
 
 Kind = Literal["dense", "stock", "ffsplit"]
 DENSE_BITS = 16.0

@@ -19,13 +19,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ffsplit.checkpoint.reload import reload_and_compare
-from ffsplit.checkpoint.save import PLAN_FILE, RECIPE_FILE, REPORT_FILE, publish, save, staged
+from ffsplit.checkpoint.save import publish, save, staged
 from ffsplit.errors import DataError, ResumeError
 from ffsplit.evaluate.size import size_of
 from ffsplit.families import find_ffns
+from ffsplit.files import write_whole
 from ffsplit.pipeline.compress import check_plan, compress, refuse_compressed, shapes_of
 from ffsplit.pipeline.load import Source
 from ffsplit.pipeline.recipe import Recipe
+from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from ffsplit.plain import plain
 from ffsplit.provenance import provenance
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
@@ -139,10 +141,7 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    """The file appears whole or not at all."""
-    work = file.with_suffix(".partial")
-    work.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    work.replace(file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def summary(results: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit.errors import ResumeError
+from ffsplit.files import whole_file
 
 Tensors = dict[str, Tensor]
 
@@ -59,9 +59,8 @@ def write_state(
             tensors[f"optimizer.{key}.{name}"] = value.reshape(1) if value.ndim == 0 else value
     note = {"identity": identity, "standing": json.dumps(asdict(standing))}
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = file.with_name(f".{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work, metadata=note)
-    os.replace(work, file)
+    with whole_file(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=note)
 
 
 def read_state(
