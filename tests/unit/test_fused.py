@@ -156,6 +156,21 @@ def test_sources_belong_to_the_package() -> None:
         assert "__global__" in nvrtc.source(name)
 
 
+def test_instances_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        nvrtc, "launcher", lambda name, kernel, arguments, device: asked.append((name, kernel, arguments))
+    )
+    LowBitFFN([None] * 29, LowBitShape(64, (64, 128), (8, 4), 64, True, "silu"), 9, torch.bfloat16, 0)
+    LowBitFFN([None] * 15, LowBitShape(64, (64,), (3,), 128, False, "gelu"), 1, torch.float16, 0)
+    assert [f"{name} {nvrtc.instance_of(kernel, arguments)}" for name, kernel, arguments in asked] == [
+        "low_bit inner<8,4,64,2,1,true,false,4>",
+        "low_bit outer<8,4,64,2,false,8>",
+        "low_bit inner<0,3,128,1,2,false,true,8>",
+        "low_bit outer<0,3,128,1,true,8>",
+    ]
+
+
 def test_prefill_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="exact, float8"):
         set_prefill("int8")  # type: ignore[arg-type]
@@ -200,7 +215,7 @@ def test_kernels_want_rows_one_after_another() -> None:
 def test_inputs_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[int]] = []
 
-    def launcher(name: str, instance: str, device: int) -> object:
+    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) -> object:
         return lambda grid, block, pointers, integers: launched.append(pointers)
 
     monkeypatch.setattr(low_bit.nvrtc, "launcher", launcher)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from torch.nn import functional
 from transformers import activations
 
 from ffsplit.ffn.projections import Dense, Packed
+from ffsplit.ffn.weights import joined_biases
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, takes_kernels
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
 DENSE_BITS = 16
+Place = tuple[dict[str, Any], str]
+"""A dictionary of a module, and a key in it."""
 ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
@@ -60,7 +65,7 @@ class _Known:
     """
 
     modules: tuple[tuple[dict[str, Any], str, nn.Module | None], ...]
-    tensors: tuple[tuple[dict[str, Any], str] | None, ...]
+    tensors: tuple[Place | None, ...]
     shapes: tuple[LowBitShape, ...] | None
 
     @classmethod
@@ -109,8 +114,8 @@ class FusedBranches:
         known = self._found(branches)
         if known.shapes is None:
             return None
-        tensors = [None if place is None else place[0][place[1]] for place in known.tensors]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (bias, *tensors)):
+        tensors = _at(known.tensors)
+        if _is_differentiated([bias, *tensors]):
             return None
         if takes(x, known.shapes):
             return self._few(x, tensors, bias, known.shapes)
@@ -136,11 +141,7 @@ class FusedBranches:
             parts = zip(_pairs(tensors, bias), shapes, strict=True)
             made = [LowBitFFN(part, shape, tokens, x.dtype, x.device.index) for part, shape in parts] if fits else []
             self._launches[key] = made if all(launch.is_compiled for launch in made) else []
-        total: Tensor | None = None
-        for launch in self._launches[key]:
-            out = launch(x)
-            total = out if total is None else total + out
-        return total
+        return _added([launch(x) for launch in self._launches[key]])
 
     def _many(
         self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
@@ -171,16 +172,26 @@ def _traced(x: Tensor, branches: Sequence[Branch], bias: Tensor | None) -> Tenso
     shapes = low_bit_shapes(branches)
     if shapes is None or not takes(x, shapes):
         return None
-    places = [place for branch in branches for place in _places(branch)]
-    tensors = [None if place is None else place[0][place[1]] for place in places]
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors))
-    if differentiated or not _belong(x, [*tensors, bias]):
+    tensors = _at(place for branch in branches for place in _places(branch))
+    if _is_differentiated([x, bias, *tensors]) or not _belong(x, [*tensors, bias]):
         return None
-    total: Tensor | None = None
-    for part, shape in zip(_pairs(tensors, bias), shapes, strict=True):
-        out: Tensor = low_bit_ffn(x, part, shape.numbers())
-        total = out if total is None else total + out
-    return total
+    parts = zip(_pairs(tensors, bias), shapes, strict=True)
+    return _added([low_bit_ffn(x, part, shape.numbers()) for part, shape in parts])
+
+
+def _added(outputs: Sequence[Tensor]) -> Tensor | None:
+    """Their sum; None if there are none."""
+    return functools.reduce(operator.add, outputs) if outputs else None
+
+
+def _at(places: Iterable[Place | None]) -> list[Tensor | None]:
+    """What stands there."""
+    return [None if place is None else place[0][place[1]] for place in places]
+
+
+def _is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient of any is recorded."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _pairs(tensors: Sequence[Tensor | None], bias: Tensor | None) -> list[list[Tensor | None]]:
@@ -200,25 +211,18 @@ def _decoded(
     branches: Sequence[Branch], bias: Tensor | None, act: str, dtype: torch.dtype, *, keep: bool = False
 ) -> DenseFFN:
     """All branches as one dense FFN; one that is kept is counted."""
-    ups = [branch.up.dense(dtype) for branch in branches]
+    ups, sizes = [branch.up.dense(dtype) for branch in branches], [branch.up.spec.shape[0] for branch in branches]
     gates = [branch.gate.dense(dtype) for branch in branches if branch.gate is not None]
     inner = torch.cat([*ups, *gates])
     down = torch.cat([branch.down.dense(dtype) for branch in branches], dim=1)
     return DenseFFN(
         counted(inner) if keep else inner,
         counted(down) if keep else down,
-        _joined_biases([branch.up_bias for branch in branches], ups),
-        _joined_biases([branch.gate_bias for branch in branches], ups),
+        joined_biases([branch.up_bias for branch in branches], sizes, dtype),
+        joined_biases([branch.gate_bias for branch in branches], sizes, dtype),
         bias,
         act,
     )
-
-
-def _joined_biases(biases: Sequence[Tensor | None], ups: Sequence[Tensor]) -> Tensor | None:
-    """Biases of all branches, zeros where one has none; None if no branch has any."""
-    if all(bias is None for bias in biases):
-        return None
-    return torch.cat([up.new_zeros(len(up)) if b is None else b for b, up in zip(biases, ups, strict=True)])
 
 
 def low_bit_shapes(branches: Sequence[Branch]) -> tuple[LowBitShape, ...] | None:
@@ -267,9 +271,9 @@ def _joined(known: Sequence[LowBitShape]) -> LowBitShape | None:
     return LowBitShape(first.d_model, neurons, bits, group, first.gated, first.act)
 
 
-def _places(branch: Branch) -> list[tuple[dict[str, Any], str] | None]:
+def _places(branch: Branch) -> list[Place | None]:
     """Where the tensors are, in the order of :class:`ffsplit.kernels.low_bit.LowBitFFN`, without the last."""
-    found: list[tuple[dict[str, Any], str] | None] = []
+    found: list[Place | None] = []
     for matrix in (branch.gate, branch.up, branch.down):
         if isinstance(matrix, Packed):
             buffers: dict[str, Any] = matrix._buffers

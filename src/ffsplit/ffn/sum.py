@@ -18,7 +18,7 @@ from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.skips import Skip
 from ffsplit.ffn.spec import BranchSpec, SumSpec
-from ffsplit.ffn.weights import FFNWeights
+from ffsplit.ffn.weights import FFNWeights, joined_biases
 
 
 def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,27 +217,16 @@ class SumFFN(nn.Module):
         gates = [branch.gate for branch in branches if branch.gate is not None]
         if len(gates) not in (0, len(branches)):
             raise ModelError("branches with and without a gate cannot be written as one dense FFN")
-        up = torch.cat([branch.up.dense(dtype) for branch in branches])
+        up, sizes = torch.cat([branch.up.dense(dtype) for branch in branches]), [b.up.spec.shape[0] for b in branches]
         return FFNWeights(
             up=up,
             down=torch.cat([branch.down.dense(dtype) for branch in branches], dim=1),
             act=branches[0].act,
             gate=torch.cat([gate.dense(dtype) for gate in gates]) if gates else None,
-            up_bias=_joined_biases([branch.up_bias for branch in branches], branches, up.dtype),
-            gate_bias=_joined_biases([branch.gate_bias for branch in branches], branches, up.dtype),
+            up_bias=joined_biases([branch.up_bias for branch in branches], sizes, up.dtype),
+            gate_bias=joined_biases([branch.gate_bias for branch in branches], sizes, up.dtype),
             down_bias=None if self.bias is None else self.bias.to(dtype or self.bias.dtype),
         )
-
-
-def _joined_biases(
-    biases: Sequence[Tensor | None], branches: Sequence[Branch], dtype: torch.dtype
-) -> Float[Tensor, " neurons"] | None:
-    """The biases of all branches in a row; zeros for a branch without one; None if no branch has any."""
-    present = next((bias for bias in biases if bias is not None), None)
-    if present is None:
-        return None
-    zeros = (present.new_zeros(branch.up.spec.shape[0]) for branch in branches)
-    return torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]).to(dtype)
 
 
 def dense_branch(ffn: FFNWeights) -> Branch:

@@ -98,3 +98,20 @@ def side_by_side(ffns: Sequence[FFNWeights]) -> FFNWeights:
     down, biases = torch.cat([ffn.down for ffn in ffns], dim=1), [ffn.down_bias for ffn in ffns]
     bias = torch.stack([bias for bias in biases if bias is not None]).sum(0) if biases[0] is not None else None
     return replace(ffns[0], **changed, down=down, down_bias=bias)
+
+
+def joined_biases(
+    biases: Sequence[Tensor | None], sizes: Sequence[int], dtype: torch.dtype
+) -> Float[Tensor, " d_ff"] | None:
+    """The biases of neighbouring parts of an FFN in a row.
+
+    Args:
+        biases: of each part; zeros for a part without one. None if no part has any.
+        sizes: neurons of each part.
+        dtype: of the result.
+    """
+    present = next((bias for bias in biases if bias is not None), None)
+    if present is None:
+        return None
+    parts = [present.new_zeros(size) if bias is None else bias for bias, size in zip(biases, sizes, strict=True)]
+    return torch.cat(parts).to(dtype)

@@ -141,11 +141,12 @@ class LowBitFFN:
         self.shape, self.layout, self.dtype = shape, layout, dtype
         heavy_bits, rest_bits = (0, *shape.bits)[-2:]
         heavy, rest = (0, *shape.neurons)[-2:]
-        half, act, gated = dtype == torch.float16, NAMES.index(shape.act), shape.gated
-        inner = f"{heavy_bits},{rest_bits},{shape.group},{layout.inner_tiles},{act},{_text(gated)},{_text(half)}"
-        outer = f"{heavy_bits},{rest_bits},{shape.group},{layout.outer_tiles},{_text(half)}"
-        self.inner = nvrtc.launcher("low_bit", f"inner<{inner},{layout.inner_warps}>", device)
-        self.outer = nvrtc.launcher("low_bit", f"outer<{outer},{layout.outer_warps}>", device)
+        half, act = dtype == torch.float16, NAMES.index(shape.act)
+        storages = heavy_bits, rest_bits, shape.group
+        inner = *storages, layout.inner_tiles, act, shape.gated, half, layout.inner_warps
+        outer = *storages, layout.outer_tiles, half, layout.outer_warps
+        self.inner = nvrtc.launcher("low_bit", "inner", inner, device)
+        self.outer = nvrtc.launcher("low_bit", "outer", outer, device)
         nothing = [None] * BRANCH_TENSORS * (2 - len(shape.neurons))
         parts = [0 if part is None else part.data_ptr() for part in (*nothing, *tensors)]
         branches = [parts[at : at + BRANCH_TENSORS] for at in (0, BRANCH_TENSORS)]
@@ -185,10 +186,6 @@ class LowBitFFN:
             [count, *self._sizes],
         )
         return out.view(x.shape)
-
-
-def _text(flag: bool) -> str:
-    return "true" if flag else "false"
 
 
 # The schema in words: under a runtime type checker it could not be read off the function.

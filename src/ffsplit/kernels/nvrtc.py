@@ -1,6 +1,6 @@
 """CUDA sources of this folder, compiled at their first use by the compiler that every CUDA build of torch brings along.
 
-No toolkit, headers or host compiler are needed. A kernel is compiled in about a second and kept for the process.
+No toolkit, headers or host compiler are needed. A kernel is compiled once and kept for the process.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ _logger = logging.getLogger(__name__)
 
 @cache
 def source(name: str) -> str:
-    """The text of ``cuda/<name>.cu``."""
-    return files("ffsplit.kernels").joinpath("cuda", f"{name}.cu").read_text(encoding="utf-8")
+    """The text of ``cuda/<name>.cu`` with that of ``cuda/values.cuh`` before it: NVRTC knows no folders."""
+    folder = files("ffsplit.kernels").joinpath("cuda")
+    return "\n".join(folder.joinpath(part).read_text(encoding="utf-8") for part in ("values.cuh", f"{name}.cu"))
 
 
 class Launcher:
@@ -68,15 +69,23 @@ class Launcher:
         self._cache = (pointers, integers)
 
 
+def instance_of(kernel: str, arguments: tuple[int, ...]) -> str:
+    """A kernel with the arguments of its template, as C++ writes them."""
+    words = (str(argument).lower() if isinstance(argument, bool) else str(argument) for argument in arguments)
+    return f"{kernel}<{','.join(words)}>"
+
+
 @cache
-def launcher(name: str, instance: str, device: int) -> Launcher | None:
+def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) -> Launcher | None:
     """A kernel ready to be launched; None, and said once, where it cannot be compiled.
 
     Args:
         name: of the source.
-        instance: the kernel with its template arguments.
+        kernel: of that source.
+        arguments: of its template; a bool is one of C++.
         device: index of the CUDA device.
     """
+    instance = instance_of(kernel, arguments)
     compile_source: Any = getattr(torch.cuda, "_compile_kernel", None)
     if compile_source is None:
         _logger.warning("this torch has no torch.cuda._compile_kernel: low-bit FFNs are decoded before multiplying")

@@ -3,28 +3,6 @@
 //
 // One block a row, which it reads twice: the second time from the cache.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-
-enum { IDENTITY, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED };
-
-template <bool HALF> __device__ __forceinline__ float value_of(u16 bits) {
-    float value;
-    if (HALF) asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    else value = __uint_as_float((u32)bits << 16);
-    return value;
-}
-
-template <int ACT> __device__ __forceinline__ float activated(float v) {
-    if constexpr (ACT == SILU) return v / (1.f + __expf(-v));
-    if constexpr (ACT == GELU) return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
-    if constexpr (ACT == GELU_TANH) return v / (1.f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
-    if constexpr (ACT == RELU) return fmaxf(v, 0.f);
-    if constexpr (ACT == RELU_SQUARED) return fmaxf(v, 0.f) * fmaxf(v, 0.f);
-    return v;
-}
-
 // Four values of the row from column; inputs of a gated FFN are [up | gate], each of `columns`.
 template <int ACT, bool GATED, bool HALF>
 __device__ __forceinline__ void four(float (&v)[4], const u16* row, const u16* up_bias, const u16* gate_bias, int column, int columns) {

@@ -13,12 +13,6 @@
 //
 // Layout of codes: ffsplit/ops/packing.py. Scales: the bits of float16 numbers, or bytes in units of a 256th of a float16 per row.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-
-enum { IDENTITY, SILU, GELU, GELU_TANH, RELU, RELU_SQUARED };
-
 struct Matrix {
     const u8* codes;     // [rows, stride] bytes
     const void* scale;   // [rows, groups] float16 bits, or bytes if unit is given
@@ -28,23 +22,6 @@ struct Matrix {
 };
 
 template <int BITS> __device__ __forceinline__ long row_bytes(int columns) { return (long)columns * BITS / 8; }
-
-__device__ __forceinline__ float half_value(u16 bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-template <bool HALF> __device__ __forceinline__ float value_of(u16 bits) {
-    return HALF ? half_value(bits) : __uint_as_float((u32)bits << 16);
-}
-
-template <bool HALF> __device__ __forceinline__ u16 bits_of(float value) {
-    u16 bits;
-    if (HALF) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
 
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     u32 found;
@@ -305,15 +282,6 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
                     for (int e = 0; e < 4; ++e) sums[k][n][e] += step[k][e >> 1] * found[k][n][e];
     }
-}
-
-template <int ACT> __device__ __forceinline__ float activated(float v) {
-    if constexpr (ACT == SILU) return v / (1.f + __expf(-v));
-    if constexpr (ACT == GELU) return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
-    if constexpr (ACT == GELU_TANH) return v / (1.f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
-    if constexpr (ACT == RELU) return fmaxf(v, 0.f);
-    if constexpr (ACT == RELU_SQUARED) return fmaxf(v, 0.f) * fmaxf(v, 0.f);
-    return v;
 }
 
 // Shared memory for the sums of two token tiles at a time.
