@@ -6,6 +6,7 @@ tokens of WikiText-2 ``test.txt``, and as many of the C4 slice, which nothing is
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from _common import data_folder, smollm2
+from _common import RESULTS, data_folder, smollm2
 from ffsplit.calibrate.sources import load_texts
 from ffsplit.calibrate.tokens import TokenWindows, tokenize_windows
 from ffsplit.evaluate.agreement import compare_language_models
@@ -23,6 +24,7 @@ from ffsplit.pipeline.load import open_source
 from ffsplit.provenance import hash_model, provenance
 
 SEQ_LEN, CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 2048, 48, 40
+MODEL = "SmolLM2-135M-Instruct Q4_1, dequantised to float32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +51,9 @@ class Protocol:
         """
         source = open_source(str(smollm2()))
         dense, tokenizer = source.load(), source.tokenizer()
-        calibration = windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", samples)
-        test = windows(tokenizer, data_folder() / "wikitext2" / "test.txt", cap)
-        c4 = c4_windows(tokenizer, cap)
+        calibration = _windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", samples)
+        test = _windows(tokenizer, data_folder() / "wikitext2" / "test.txt", cap)
+        c4 = _c4_windows(tokenizer, cap)
         reference = copy.deepcopy(dense).to(device)
         base = {"wikitext2": perplexity(reference, test), "c4": perplexity(reference, c4)}
         print(f"dense: {base['wikitext2'].describe()} | {base['c4'].describe()}", flush=True)
@@ -72,7 +74,7 @@ class Protocol:
         """Write the rows so far with all that it takes to repeat them."""
         document = {
             "benchmark": benchmark,
-            "model": {"name": "SmolLM2-135M-Instruct Q4_1, dequantised to float32", "sha256": self.model_sha256},
+            "model": {"name": MODEL, "sha256": self.model_sha256},
             "protocol": {
                 "calibration": f"first {self.calibration.samples} windows of {SEQ_LEN} of WikiText-2 valid",
                 "evaluation": f"first {self.test.samples} windows of {SEQ_LEN}, stride {SEQ_LEN}",
@@ -87,6 +89,17 @@ class Protocol:
         out.write_text(json.dumps(document, indent=1))
 
 
+def command_line(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that scripts of this protocol have in common; results go to ``out`` in `benchmarks/results`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
+    parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows")
+    parser.add_argument("--samples", type=int, default=CALIBRATION_WINDOWS, help="calibration windows")
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    return parser
+
+
 def line(row: dict[str, Any]) -> str:
     """What a measured row says on the terminal."""
     return (
@@ -95,13 +108,11 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
-    """The first windows of a text."""
+def _windows(tokenizer: Any, file: Path, count: int) -> TokenWindows:
     return tokenize_windows(load_texts(file), tokenizer, seq_len=SEQ_LEN, samples=count)
 
 
-def c4_windows(tokenizer: Any, count: int) -> TokenWindows:
-    """The first windows of the C4 slice."""
+def _c4_windows(tokenizer: Any, count: int) -> TokenWindows:
     lines = [json.loads(line) for line in (data_folder() / "c4_slice" / "c4.jsonl").read_text().splitlines()]
     texts = tuple(line["prefix"] + line["gold_completion"] for line in lines)
     return tokenize_windows(load_texts(texts), tokenizer, seq_len=SEQ_LEN, samples=count)

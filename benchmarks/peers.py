@@ -13,7 +13,6 @@ float32 and the rest of the model stays so.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import tempfile
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-from _protocol import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, Protocol, line
+from _protocol import Protocol, command_line, line
 from ffsplit.calibrate.tokens import TokenWindows
 
 FFN = r"re:.*\.mlp\.(gate|up|down)_proj$"
@@ -168,13 +167,7 @@ def run(peers: list[Peer], protocol: Protocol, device: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
-    parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows")
-    parser.add_argument("--samples", type=int, default=CALIBRATION_WINDOWS, help="calibration windows")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peers.json")
-    options = parser.parse_args()
+    options = command_line(__doc__, "peers.json").parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     peers = [peer for peer in PEERS if re.search(options.only, peer.name)]

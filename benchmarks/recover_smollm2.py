@@ -18,7 +18,6 @@ import html
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,10 @@ from transformers import PreTrainedModel
 
 import ffsplit
 from _common import ROOT, data_folder, smollm2, write_result
-from _protocol import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, c4_windows, windows
+from _protocol import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, MODEL, Protocol
 from ffsplit.calibrate.tokens import TokenWindows
-from ffsplit.evaluate.agreement import compare_language_models
-from ffsplit.evaluate.perplexity import perplexity
 from ffsplit.pipeline.load import open_source
-from ffsplit.provenance import hash_model, provenance
+from ffsplit.provenance import provenance
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.text import Text
 from ffsplit.recover.weights import as_sums
@@ -126,29 +123,23 @@ def training_text(file: Path, batch: int, seed: int, held_out: int) -> Text:
     return Text(TokenWindows.from_ids(ids, name=name), held_out, batch, seed, causal=True)
 
 
-def fitted(dense: PreTrainedModel, tokenizer: Any, options: argparse.Namespace) -> tuple[PreTrainedModel, float]:
+def fitted(protocol: Protocol, options: argparse.Namespace) -> tuple[PreTrainedModel, float]:
     """The compressed model, from the cache if it is there."""
     if (options.fit / "config.json").is_file():
         return open_source(str(options.fit)).load(), 0.0
     started = time.perf_counter()
     recipe = next(recipe for name, recipe, _ in ROWS if name == FIT)
-    calibration = windows(tokenizer, data_folder() / "wikitext2" / "valid.txt", options.samples)
     result = ffsplit.compress(
-        copy.deepcopy(dense), tokenizer, recipe=recipe, calibration=calibration, device=options.device, seed=0
+        copy.deepcopy(protocol.dense),
+        protocol.tokenizer,
+        recipe=recipe,
+        calibration=protocol.calibration,
+        device=options.device,
+        seed=0,
     )
     seconds = time.perf_counter() - started
     ffsplit.save(result, options.fit, verify=False)
     return result.model, seconds
-
-
-def measured(dense: PreTrainedModel, model: PreTrainedModel, test: TokenWindows, c4: TokenWindows) -> dict[str, float]:
-    both = compare_language_models(dense, model, test)
-    return {
-        "wikitext2": both.compressed.value,
-        "c4": perplexity(model, c4).value,
-        "kl": both.agreement.kl,
-        "top1": both.agreement.top1,
-    }
 
 
 def config_of(options: argparse.Namespace, fields: dict[str, Any], minutes: float) -> Recovery:
@@ -179,51 +170,51 @@ def probe(
 
 
 def run(options: argparse.Namespace) -> None:
-    source = open_source(str(smollm2()))
-    dense, tokenizer = source.load(), source.tokenizer()
     if options.prepare or not options.text.is_file():
-        prepare(options.text, tokenizer)
+        prepare(options.text, open_source(str(smollm2())).tokenizer())
     if options.prepare:
         return
-    test = windows(tokenizer, data_folder() / "wikitext2" / "test.txt", options.windows)
-    c4 = c4_windows(tokenizer, options.windows)
+    protocol = Protocol.prepare(options.device, options.samples, options.windows)
     text = training_text(options.text, options.batch, options.seed, options.held_out)
-    student, seconds = fitted(dense, tokenizer, options)
+    student, seconds = fitted(protocol, options)
     as_sums(student)
-    dense, student = dense.to(options.device), student.to(options.device)
-    document: dict[str, Any] = {
+    student = student.to(options.device)
+    document = described(protocol, text, options)
+    document |= {"fit_seconds": round(seconds, 1), "fit": protocol.measure(student)}
+    print(f"fit {seconds:.0f} s: {document['fit']}", flush=True)
+    write_result(options.name, document)
+    fields: dict[str, Any] = {"train": options.train, "lr": options.lr}
+    if options.probe_seconds:
+        fields, document["probes"] = probe(protocol.reference, student, text, options)
+        write_result(options.name, document)
+    config = config_of(options, fields, options.minutes)
+    started = time.perf_counter()
+    document["notes"] = distil_model(
+        student, protocol.reference, text, config, state=options.state, identity=str(fields), progress=Said()
+    )
+    document["recovery_seconds"] = round(time.perf_counter() - started, 1)
+    document["settings"] = config.model_dump(mode="json")
+    write_result(options.name, document)
+    document["recovered"] = protocol.measure(student)
+    write_result(options.name, document)
+    print(f"recovered in {document['recovery_seconds']} s: {document['recovered']}", flush=True)
+
+
+def described(protocol: Protocol, text: Text, options: argparse.Namespace) -> dict[str, Any]:
+    """What it takes to repeat a run."""
+    return {
         "benchmark": "recover-smollm2",
-        "model": {"name": "SmolLM2-135M-Instruct Q4_1, dequantised to float32", "sha256": hash_model(dense)},
+        "model": {"name": MODEL, "sha256": protocol.model_sha256},
         "protocol": {
             "fit": FIT,
             "evaluation": f"first {options.windows} windows of 2048, stride 2048, float32",
             "training": f"KL to the dense model on {text.windows.name}; {text.held_out} windows of valid held out",
             "labels": options.labels,
-            "data": {w.name: w.sha256 for w in (text.windows, test, c4)},
+            "data": {w.name: w.sha256 for w in (text.windows, protocol.test, protocol.c4)},
         },
-        "fit_seconds": round(seconds, 1),
-        "fit": measured(dense, student, test, c4),
+        "dense": protocol.base,
+        "provenance": provenance(seed=options.seed, data={"text": text.windows.sha256}),
     }
-    dense_only = {"wikitext2": perplexity(dense, test).value, "c4": perplexity(dense, c4).value}
-    document |= {"dense": dense_only, "provenance": provenance(seed=options.seed, data={"text": text.windows.sha256})}
-    print(f"fit {seconds:.0f} s: {document['fit']}; dense {dense_only}", flush=True)
-    write_result(options.name, document)
-    fields: dict[str, Any] = {"train": options.train, "lr": options.lr}
-    if options.probe_seconds:
-        fields, document["probes"] = probe(dense, student, text, options)
-        write_result(options.name, document)
-    long = replace(text, batch_size=options.batch)
-    started = time.perf_counter()
-    document["notes"] = distil_model(
-        student, dense, long, config_of(options, fields, options.minutes), state=options.state,
-        identity=str(fields), progress=Said(),
-    )  # fmt: skip
-    document["recovery_seconds"] = round(time.perf_counter() - started, 1)
-    document["settings"] = config_of(options, fields, options.minutes).model_dump(mode="json")
-    write_result(options.name, document)
-    document["recovered"] = measured(dense, student, test, c4)
-    write_result(options.name, document)
-    print(f"recovered in {document['recovery_seconds']} s: {document['recovered']}", flush=True)
 
 
 class Said:

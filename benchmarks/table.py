@@ -7,7 +7,6 @@ The protocol is that of ``_protocol.py``.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import re
@@ -19,7 +18,7 @@ import torch
 import transformers
 
 import ffsplit
-from _protocol import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, Protocol, line
+from _protocol import Protocol, command_line, line
 
 
 def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -170,14 +169,9 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
-    parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows")
-    parser.add_argument("--samples", type=int, default=CALIBRATION_WINDOWS, help="calibration windows")
+    parser = command_line(__doc__, "table.json")
     parser.add_argument("--measured", type=Path, help="directory for the measurements of planners, shared by the rows")
     parser.add_argument("--extra", type=Path, help="JSON file with a list of [name, recipe] to run instead of the rows")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.json")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
