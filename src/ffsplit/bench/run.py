@@ -65,39 +65,22 @@ def bench(
         CheckpointError: the checkpoint is damaged.
     """
     _check(tokens, rounds)
-    subject = open_subject(model)
-    dense = None if against is None else open_subject(against)
-    if dense is not None:
-        check_same_shapes(subject, dense)
+    subject, dense = _sides(model, against)
     counts, notes = token_counts(subject, tokens, ffn_only)
-    if subject.attentions_left_out and dense is None:
-        notes.append(
-            f"the checkpoint lacks {subject.attentions_left_out} attentions, and so does the dense side rebuilt from "
-            "it: give --against for what leaving them out saves"
-        )
+    notes += _notes(subject, dense, ffn_only)
     place = torch.device(device) if device is not None else default_device()
     loaded = load(subject, dense, place, dtype)
     roofline = measure_roofline(place, loaded.model.dtype, clock)
     single = FFNBench(loaded, counts, roofline, rounds, WARMUP, clock, peers)
     rows = single.rows(progress)
-    phases: list[PhaseTiming] = []
-    if subject.reads_text and not ffn_only:
-        phases = _phases(loaded, counts, rounds, clock, progress)
-    elif not ffn_only:
-        notes.append(f"the whole model reads {subject.architecture.main_input_name}, not text, and was not timed")
+    whole = subject.reads_text and not ffn_only
+    phases = _phases(loaded, counts, rounds, clock, progress) if whole else []
     found = Bench(
         model=model,
         kind=subject.kind,
         against=against,
         dense_ffns=loaded.dense_source,
-        settings={
-            "device": str(place),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "tokens": counts,
-            "rounds": rounds,
-            "warmup": WARMUP,
-            "weights": f"out of the cache below {FEW_TOKENS} tokens",
-        },
+        settings=_settings(loaded, place, counts, rounds),
         roofline=roofline,
         ffns=rows,
         phases=tuple(phases),
@@ -109,6 +92,42 @@ def bench(
         provenance={**provenance(), "load_average": _load()},
     )
     return replace(found, phase_verdicts=tuple(_verdict(phase, found) for phase in phases))
+
+
+def _sides(model: str, against: str | None) -> tuple[Subject, Subject | None]:
+    """What is measured, and the dense model if there is one.
+
+    Raises:
+        ModelError: there is none of that name, or the two have other shapes.
+    """
+    subject, dense = open_subject(model), None if against is None else open_subject(against)
+    if dense is not None:
+        check_same_shapes(subject, dense)
+    return subject, dense
+
+
+def _settings(loaded: Loaded, device: torch.device, counts: Sequence[int], rounds: int) -> dict[str, Any]:
+    return {
+        "device": str(device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "tokens": counts,
+        "rounds": rounds,
+        "warmup": WARMUP,
+        "weights": f"out of the cache below {FEW_TOKENS} tokens",
+    }
+
+
+def _notes(subject: Subject, dense: Subject | None, ffn_only: bool) -> list[str]:
+    """What the reader of the figures must know."""
+    notes = []
+    if subject.attentions_left_out and dense is None:
+        notes.append(
+            f"the checkpoint lacks {subject.attentions_left_out} attentions, and so does the dense side rebuilt from "
+            "it: give --against for what leaving them out saves"
+        )
+    if not ffn_only and not subject.reads_text:
+        notes.append(f"the whole model reads {subject.architecture.main_input_name}, not text, and was not timed")
+    return notes
 
 
 def token_counts(subject: Subject, tokens: Sequence[int] | None, ffn_only: bool) -> tuple[list[int], list[str]]:

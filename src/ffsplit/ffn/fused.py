@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import activations
 
+from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.ffn.weights import joined_biases
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
 DENSE_BITS = 16
-Place = tuple[dict[str, Any], str]
-"""A dictionary of a module, and a key in it."""
 ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
@@ -55,16 +54,13 @@ def activation_name(act: nn.Module) -> str | None:
 class _Known:
     """What was found out about the branches of a sum, with the places where it was found.
 
-    Places are dictionaries of modules and keys: looking there takes a tenth of the time of an attribute of a module,
-    and a decoded token has little.
-
     Attributes:
         modules: where the modules are on which it depends, and which they were.
         tensors: where the tensors are, in the order of :class:`ffsplit.kernels.low_bit.LowBitFFN`; None: there is none.
         shapes: of pairs of branches; None: the kernels do not know them.
     """
 
-    modules: tuple[tuple[dict[str, Any], str, nn.Module | None], ...]
+    modules: tuple[Held, ...]
     tensors: tuple[Place | None, ...]
     shapes: tuple[LowBitShape, ...] | None
 
@@ -73,13 +69,10 @@ class _Known:
         names = ("act", "up", "gate", "down", "selector")
         shapes = low_bit_shapes(branches)
         return cls(
-            tuple((b._modules, name, b._modules.get(name)) for b in branches for name in names),
+            held_at([(branch._modules, name) for branch in branches for name in names]),
             () if shapes is None else tuple(place for branch in branches for place in _places(branch)),
             shapes,
         )
-
-    def is_current(self) -> bool:
-        return all(where.get(name) is module for where, name, module in self.modules)
 
 
 class FusedBranches:
@@ -122,7 +115,7 @@ class FusedBranches:
         return self._many(x, branches, [*tensors, bias], bias, known.shapes[0].act)
 
     def _found(self, branches: Sequence[Branch]) -> _Known:
-        if tuple(branches) != self._branches or not self._known.is_current():
+        if tuple(branches) != self._branches or not is_unchanged(self._known.modules):
             self.drop()
             self._branches, self._known = tuple(branches), _Known.of(branches)
         return self._known

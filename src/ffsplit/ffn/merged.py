@@ -21,8 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
 from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
 from ffsplit.kernels import cpu_int4
+from ffsplit.kernels.cache import State, state_of
 from ffsplit.kernels.cpu_int4 import Int4Matrix, Int4Parts, int4_linear, int4_matrix, joined
 from ffsplit.kernels.dispatch import FLOATS, SMALLEST, is_traced, takes_kernels
 
@@ -70,25 +72,22 @@ class Watched:
     Attributes:
         merged: None if the branches cannot be merged.
         branches: these.
-        held: dictionaries of modules, and what stood under which name in each.
+        held: what stood where in them.
         tensors: among these.
         state: version and address of each tensor.
     """
 
     merged: MergedSum | None
     branches: tuple[Branch, ...]
-    held: tuple[tuple[dict[str, Any], str, Any], ...]
+    held: tuple[Held, ...]
     tensors: tuple[Tensor, ...]
-    state: tuple[tuple[int, int], ...]
+    state: State
 
     def is_current(self, branches: Sequence[Branch]) -> bool:
         """Whether these are the branches, and nothing of them was replaced or changed in place."""
-        if self.branches != tuple(branches):
+        if self.branches != tuple(branches) or not is_unchanged(self.held):
             return False
-        for named, name, it in self.held:
-            if named.get(name) is not it:
-                return False
-        return self.state == tuple([(tensor._version, tensor.data_ptr()) for tensor in self.tensors])
+        return self.state == state_of(self.tensors)
 
 
 class MergedCache:
@@ -142,17 +141,17 @@ def merged_sum(
 
 def _watched(x: Tensor, branches: Sequence[Branch]) -> Watched:
     """Merge, and remember what everything was made from."""
-    held: list[tuple[dict[str, Any], str, Any]] = []
+    places: list[Place] = []
     tensors: list[Tensor] = []
     for branch in branches:
-        held += [(branch._modules, name, branch._modules.get(name)) for name in ("up", "gate", "down", "selector")]
+        places += [(branch._modules, name) for name in ("up", "gate", "down", "selector")]
         for projection in _projections(branch):
             for named in (projection._parameters, projection._buffers, projection._modules):
-                held += [(named, name, it) for name, it in named.items()]
+                places += [(named, name) for name in named]
                 tensors += [it for it in named.values() if isinstance(it, Tensor)]
     merged = _merge(branches, x.dtype) if takes_kernels(x, tensors) else None
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    return Watched(merged, tuple(branches), tuple(held), tracked, tuple([(t._version, t.data_ptr()) for t in tracked]))
+    return Watched(merged, tuple(branches), held_at(places), tracked, state_of(tracked))
 
 
 def _run(

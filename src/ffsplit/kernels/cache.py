@@ -18,6 +18,11 @@ SHARE_OF_MEMORY = 0.25
 """Of a device's memory, which decoded matrices may fill unless :func:`set_decoded_limit` was told otherwise."""
 
 
+def state_of(tensors: Sequence[Tensor]) -> State:
+    """What tells that one was changed: the version, and the address, which assigning to ``.data`` changes alone."""
+    return tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
+
+
 class DerivedCache:
     """Whatever was made from stored tensors, under a key for each kind of it, made when it is first asked for.
 
@@ -59,8 +64,7 @@ class DerivedCache:
     def _look_at(self, sources: Sequence[Tensor | None]) -> None:
         """Forget what was made from other tensors than these, or from these before they were changed."""
         present = tuple(source for source in sources if source is not None)
-        # A new memory address with the same version: somebody assigned to `.data`.
-        state = tuple((source._version, source.data_ptr()) for source in present)
+        state = state_of(present)
         same = len(present) == len(self._sources) and all(a is b for a, b in zip(present, self._sources, strict=True))
         if not same or state != self._state:
             self.drop()

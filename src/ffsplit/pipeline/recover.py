@@ -72,11 +72,7 @@ def recover(
     source = open_source(str(folder))
     tokenizer = source.tokenizer() or (None if dense_source is None else dense_source.tokenizer())
     model = source.load(dtype)
-    if isinstance(data, str | Path):
-        settings, data = settings.model_copy(update={"source": str(data)}), None
-    if data is None and settings.source is None and settings.field is None:
-        # The text of the fit, which is read as it was then.
-        settings = settings.model_copy(update={"field": recipe.calibration.field})
+    settings, data = _with_text(settings, data, recipe)
     windows = recovery_windows(model, tokenizer, settings, data, recipe.calibration.source)
     plan = located(plan, model)
     dense = teacher if dense_source is None else dense_source.load(dtype)
@@ -93,6 +89,16 @@ def recover(
     made = provenance(seed=settings.seed, data={"recovery": windows.sha256})
     report = {**report, "recovery": {**notes, "provenance": made}}
     return CompressionResult(model, plan, recipe.model_copy(update={"recovery": settings}), report, tokenizer)
+
+
+def _with_text(settings: Recovery, data: TextInput | None, recipe: Recipe) -> tuple[Recovery, TextInput | None]:
+    """Settings that name their text, and text that has no name."""
+    if isinstance(data, str | Path):
+        return settings.model_copy(update={"source": str(data)}), None
+    if data is None and settings.source is None and settings.field is None:
+        # The text of the fit, which is read as it was then.
+        settings = settings.model_copy(update={"field": recipe.calibration.field})
+    return settings, data
 
 
 def recovery_of(values: Recovery | dict[str, Any] | None) -> Recovery:
