@@ -29,7 +29,8 @@ from ffsplit.provenance import hash_model, provenance
 from figures import sts_pairs
 
 TEXTS, PAIRS = 400, 500
-# (method, settings); every method that works on a plain (ungated) FFN is here, at a budget where it has to work for it.
+# (method, settings); every method that works on a plain (ungated) FFN of a model without a head is here, at a budget
+# where it has to work for it.
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("asvd", {"keep": 0.5}),
     ("auto", {"keep": 0.5}),
@@ -55,10 +56,13 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("monarch", {"keep": 0.5}),
     ("prune", {"keep": 0.5}),
     ("prune", {"keep": 0.5, "score": "output_norm", "refit": False}),
-    ("prune", {"keep": 0.5, "score": "taylor"}),
     ("quantize", {"code_bits": 3}),
     ("quantize", {"code_bits": 3, "rounding": "awq", "refit": False}),
     ("share", {"keep": 0.75}),
+    ("share", {"keep": 0.75, "widen": True}),
+    ("share", {"keep": 0.75, "tie": "all"}),
+    ("share", {"keep": 0.75, "tie": "all", "widen": True}),
+    ("share", {"keep": 0.75, "tie": "all", "widen": True, "group": 4}),
     ("skip-gate", {"sparsity": 0.25}),
     ("sort", {}),
     ("sparsify", {"keep": 0.5, "refit": False}),

@@ -77,21 +77,22 @@ def choose(
     stored: Callable[[Partition, int], int],
     budget: int,
     dense: int,
-    ranks: tuple[int, int],
+    limits: tuple[int, int],
 ) -> tuple[Partition, int]:
-    """The first partition that the budget allows, and the largest rank of the differences that still fits.
+    """The first partition that the budget allows, and the most that still fits of what is spent on its groups.
 
     Args:
         partitions: in the order of preference.
-        stored: FFN parameters of the whole model for a partition and a rank.
+        stored: FFN parameters of the whole model for a partition and an amount (a rank of differences, a number of
+            neurons), which every further one raises alike.
         budget: the most of them.
         dense: those of the dense model, for the message.
-        ranks: the smallest and the largest rank to think of.
+        limits: the least and the most amount to think of.
 
     Raises:
-        BudgetError: none fits even with the smallest rank.
+        BudgetError: none fits even with the least amount.
     """
-    least, most = ranks
+    least, most = limits
     smallest = dense
     for partition in partitions:
         needed = stored(partition, least)

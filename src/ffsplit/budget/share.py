@@ -16,9 +16,11 @@ from ffsplit.budget.scene import Scene
 from ffsplit.errors import RecipeError
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.matched import Match
-from ffsplit.methods.shared import Merge, SharedConfig, Sharing, Tie, tied_structure
+from ffsplit.methods.shared import Merge, SharedConfig, Sharing, Tie, owner_structure, tied_structure
 from ffsplit.ops.matching import linear_cka, token_gram
 
+Limits = tuple[int, int]
+"""The least and the most of what a budget is spent on."""
 TOKENS = 1024
 """Tokens on which layers are compared: the comparison is of token with token, so its cost grows with their square."""
 
@@ -34,7 +36,8 @@ class ShareConfig(PlannerConfig):
             activations resemble each other most (linear CKA) until the budget is met.
         protect_first: FFNs at the start that are left as they are.
         protect_last: FFNs at the end that are left as they are.
-        rank: of the difference to the owner that every shared matrix stores; None takes what the budget leaves.
+        rank: of the difference to the owner that every shared matrix stores; None takes what the budget leaves, and
+            no difference with ``widen``.
         tie: ``inner`` shares `up` and `gate` and leaves every layer a `down` of its own, which is fitted to its
             outputs; ``all`` shares all three.
         match: how a layer's neurons find their counterparts in the owner (Hungarian assignment): by the correlation of
@@ -42,6 +45,8 @@ class ShareConfig(PlannerConfig):
         merge: what is shared: the weights of the group's first layer (``owner``), or the ``average`` of the matched
             neurons of all, weighted by the energy of their outputs.
         ridge: pull of the fit of `down` to the old weights, relative to the mean diagonal of the hidden Gram.
+        widen: what the budget leaves goes into further neurons of the shared FFN: those of the other layers of the
+            group that it reproduces worst. A shared `down` is then fitted to all layers of the group at once.
     """
 
     method: Literal["share"] = "share"
@@ -55,17 +60,20 @@ class ShareConfig(PlannerConfig):
     match: Match = "activations"
     merge: Merge = "owner"
     ridge: float = Field(1e-3, ge=0)
+    widen: bool = False
 
     @model_validator(mode="after")
-    def _nothing_to_average(self) -> ShareConfig:
+    def _matched(self) -> ShareConfig:
         if self.merge == "average" and self.match == "none":
             raise ValueError("merge: average needs match: activations or weights; unmatched neurons have no mean")
+        if self.widen and self.match == "none":
+            raise ValueError("widen needs match: activations or weights; without counterparts no neuron is missing")
         return self
 
     @property
     def sharing(self) -> Sharing:
         """What every FFN of a group is told."""
-        return Sharing(tie=self.tie, match=self.match, merge=self.merge, ridge=self.ridge)
+        return Sharing(tie=self.tie, match=self.match, merge=self.merge, ridge=self.ridge, widen=self.widen)
 
     @property
     def full_budget(self) -> bool:
@@ -88,34 +96,43 @@ def check(shapes: Sequence[FFNShape], config: ShareConfig) -> None:
         _chosen(shapes, consecutive(found, config.group), config)
 
 
-def _limits(shapes: Sequence[FFNShape], found: Sequence[Group], config: ShareConfig) -> tuple[int, int]:
-    """Smallest and largest rank of a difference.
+def _limits(shapes: Sequence[FFNShape], found: Sequence[Group], config: ShareConfig) -> Limits:
+    """What the budget may be spent on: ranks of the differences, or neurons that every further member brings.
 
     Raises:
         RecipeError: the rank that was asked for is above what the matrices have.
     """
     alike = [shapes[run[0]] for run in found]
+    highest = min(min(shape.d_ff, shape.d_model) for shape in alike)
+    if config.rank is not None and config.rank > highest:
+        raise RecipeError(f"rank={config.rank}: the matrices have rank {highest} at most")
+    if config.widen:
+        return 0, min(shape.d_ff for shape in alike)
     if config.rank is None:
         return 0, min(shape.d_ff * shape.d_model // (shape.d_ff + shape.d_model) for shape in alike)
-    highest = min(min(shape.d_ff, shape.d_model) for shape in alike)
-    if config.rank > highest:
-        raise RecipeError(f"rank={config.rank}: the matrices have rank {highest} at most")
     return config.rank, config.rank
 
 
 def _chosen(shapes: Sequence[FFNShape], partitions: Iterable[Partition], config: ShareConfig) -> tuple[Partition, int]:
     dense = sum(shape.parameters for shape in shapes)
 
-    def stored(partition: Partition, rank: int) -> int:
-        saved = 0
+    def stored(partition: Partition, amount: int) -> int:
+        total = dense
         for group in partition:
-            shape = shapes[group[0]]
-            tied = tied_structure(shape, config.sharing, "owner", rank)
-            saved += (len(group) - 1) * (shape.parameters - tied.parameters)
-        return dense - saved
+            shape, others = shapes[group[0]], len(group) - 1
+            rank, extra = _spent(config, amount, others)
+            tied = tied_structure(shape, config.sharing, "owner", rank, extra).parameters
+            owner = owner_structure(shape, extra).parameters
+            total += owner - shape.parameters + others * (tied - shape.parameters)
+        return total
 
     found = runs(shapes, config.protect_first, config.protect_last)
     return choose(partitions, stored, int(config.keep * dense), dense, _limits(shapes, found, config))
+
+
+def _spent(config: ShareConfig, amount: int, others: int) -> tuple[int, int]:
+    """The rank of the differences and the further neurons of a group's FFN, when ``others`` share it with the owner."""
+    return (config.rank or 0, amount * others) if config.widen else (amount, 0)
 
 
 @planner(
@@ -133,14 +150,15 @@ def share(scene: Scene, config: ShareConfig) -> Decision:
     names = [site.name for site in scene.found.sites]
     if config.full_budget:
         partition: Partition = [(index,) for index in range(len(names))]
-        rank = 0
+        amount = 0
     else:
         stack_of = {site.name: block.list_path for block in scene.found.blocks for site in block.sites}
         stacks = [stack_of[name] for name in names]
         found = runs(scene.shapes, config.protect_first, config.protect_last, stacks)
-        partition, rank = _chosen(scene.shapes, _partitions(scene, found, config), config)
+        partition, amount = _chosen(scene.shapes, _partitions(scene, found, config), config)
     decision: Decision = [None] * len(names)
     for group in partition:
+        rank, extra = _spent(config, amount, len(group) - 1)
         for place, index in enumerate(group):
             if len(group) > 1 or config.full_budget:
                 decision[index] = SharedConfig(
@@ -149,6 +167,7 @@ def share(scene: Scene, config: ShareConfig) -> Decision:
                     place=place,
                     rank=rank if place else 0,
                     sharing=config.sharing,
+                    extra=extra,
                 )
     return decision
 

@@ -57,6 +57,8 @@ class LayerData:
         others: the FFNs that come later and are still dense, by their place in the execution order, for a method that
             works across layers; read when asked for.
         fitted: the sums that earlier FFNs have become, likewise; copies in float32.
+        ahead: the inputs that later FFNs get while they and what lies before them are still dense, likewise; whoever
+            asks drops them.
     """
 
     ffn: FFNWeights
@@ -68,6 +70,7 @@ class LayerData:
     memo: dict[str, Any] = field(default_factory=dict)
     others: Mapping[int, FFNWeights] = field(default_factory=dict)
     fitted: Mapping[int, SumFFN] = field(default_factory=dict)
+    ahead: Mapping[int, Activations] = field(default_factory=dict)
     _device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:

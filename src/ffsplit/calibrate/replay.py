@@ -76,9 +76,14 @@ class BlockReplay:
         self._latest: dict[str, pytree.TreeSpec] = {}
         self._plain: dict[str, list[object]] = {}
 
-    def capture(self, block: Block) -> dict[str, Activations]:
-        """The inputs of a block's FFNs, by site name, padded positions removed."""
-        stores = {site.name: Activations(self.cache, f"in-{index}-") for index, site in enumerate(block.sites)}
+    def capture(self, block: Block, label: str = "in") -> dict[str, Activations]:
+        """The inputs of a block's FFNs, by site name, padded positions removed.
+
+        Args:
+            block: any that is not finished; what lies between it and the finished ones runs as it is now.
+            label: what is kept at one time needs labels of its own.
+        """
+        stores = {site.name: Activations(self.cache, f"{label}-{index}-") for index, site in enumerate(block.sites)}
         with self._at_work(block):
             for index in self._indices(f"capture {block.path or 'model'}"):
                 self._capture_batch(index, block, stores)

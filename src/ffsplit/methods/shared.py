@@ -20,11 +20,13 @@ from ffsplit.ffn.projections.tied import Place
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN, dense_branch
+from ffsplit.ffn.weights import FFNWeights
 from ffsplit.methods.assemble import Part, fit_parts
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
 from ffsplit.methods.compressors import Compressor, GramOfInputs
 from ffsplit.methods.matched import Match, in_order_of, mean_of
 from ffsplit.methods.registry import MethodConfig, method
+from ffsplit.methods.widened import UsedAt, after, fit_wide, padded, place_of, wider
 from ffsplit.ops.lowrank import svd_factors, whitened_factors
 
 Tie = Literal["inner", "all"]
@@ -41,6 +43,7 @@ class Sharing(BaseModel):
             the same text, by their weights, or not at all.
         merge: what is shared: the weights of the group's first layer, or the mean of the matched neurons of all.
         ridge: pull of the fit of `down` to the old weights, relative to the mean diagonal of the hidden Gram.
+        widen: whether the shared FFN takes up neurons of the other members, and `down` is fitted to all its places.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -48,11 +51,12 @@ class Sharing(BaseModel):
     match: Match = "activations"
     merge: Merge = "owner"
     ridge: float = Field(default=1e-3, ge=0)
+    widen: bool = False
 
     @property
     def by_text(self) -> bool:
         """Whether anything is fitted to text."""
-        return self.match == "activations" or self.tie == "inner"
+        return self.match == "activations" or self.tie == "inner" or self.widen
 
 
 class SharedConfig(MethodConfig):
@@ -64,6 +68,7 @@ class SharedConfig(MethodConfig):
         place: of this FFN in the group; 0 is the owner.
         rank: of the difference to the owner's weights that this FFN stores.
         sharing: how the group becomes one.
+        extra: neurons that the shared FFN has beside those of one layer.
     """
 
     method: Literal["shared"] = "shared"
@@ -72,6 +77,7 @@ class SharedConfig(MethodConfig):
     place: int = Field(ge=0)
     rank: int = Field(0, ge=0)
     sharing: Sharing = Sharing()
+    extra: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _in_the_group(self) -> SharedConfig:
@@ -82,7 +88,8 @@ class SharedConfig(MethodConfig):
     @property
     def full_budget(self) -> bool:
         """Whether this FFN keeps its own weights as they are."""
-        return self.place == 0 and (self.sharing.merge == "owner" or len(self.members) == 1)
+        alone = len(self.members) == 1
+        return self.place == 0 and (alone or (self.sharing.merge == "owner" and not self.sharing.widen))
 
     @property
     def needs_data(self) -> bool:
@@ -92,20 +99,26 @@ class SharedConfig(MethodConfig):
 def structure(shape: FFNShape, config: SharedConfig) -> SumSpec:
     """The owner is dense; the others are tied to it."""
     if config.place == 0:
-        return sum_spec(shape, [dense_branch_spec(shape, shape.d_ff)], bias=shape.down_bias)
-    return tied_structure(shape, config.sharing, config.owner, config.rank)
+        return owner_structure(shape, config.extra)
+    return tied_structure(shape, config.sharing, config.owner, config.rank, config.extra)
 
 
-def tied_structure(shape: FFNShape, sharing: Sharing, owner: str, rank: int) -> SumSpec:
-    """One branch of all neurons, its matrices the owner's plus a difference of ``rank``."""
+def owner_structure(shape: FFNShape, extra: int) -> SumSpec:
+    """One dense branch of all neurons and ``extra`` ones."""
+    return sum_spec(shape, [dense_branch_spec(shape, shape.d_ff + extra)], bias=shape.down_bias)
+
+
+def tied_structure(shape: FFNShape, sharing: Sharing, owner: str, rank: int, extra: int = 0) -> SumSpec:
+    """One branch of all the owner's neurons, its matrices the owner's plus a difference of ``rank``."""
+    width = shape.d_ff + extra
 
     def tied(place: Place, rows: int, columns: int) -> TiedSpec:
         return TiedSpec(shape=(rows, columns), owner=owner, projection=place, rank=rank)
 
-    outer = (shape.d_model, shape.d_ff)
+    outer = (shape.d_model, width)
     branch = BranchSpec(
-        up=tied("up", shape.d_ff, shape.d_model),
-        gate=tied("gate", shape.d_ff, shape.d_model) if shape.gated else None,
+        up=tied("up", width, shape.d_model),
+        gate=tied("gate", width, shape.d_model) if shape.gated else None,
         down=tied("down", *outer) if sharing.tie == "all" else DenseSpec(shape=outer),
         up_bias=shape.up_bias,
         gate_bias=shape.gate_bias,
@@ -163,22 +176,53 @@ class Tying(Compressor):
     alone=False,
 )
 def shared(data: LayerData, config: SharedConfig) -> SumFFN:
-    """The owner becomes the mean of its group; a member is fitted on the owner's weights."""
+    """The owner becomes the mean of its group, or its widened FFN; a member is fitted on the owner's weights."""
     sharing, shape = config.sharing, FFNShape.of(data.ffn)
     if config.place:
-        spec = structure(shape, config)
-        return _tied_to(data, data.fitted[config.members[0]], spec, sharing, sharing.match)
-    with_down = sharing.tie == "all"
-    others = (data.others[index] for index in config.members[1:])
-    group = [in_order_of(data.ffn, other, sharing.match, data, with_down=with_down) for other in others]
-    mean = SumFFN(data.ffn.d_model, [dense_branch(mean_of([data.ffn, *group], data, by_text=sharing.by_text))])
+        return _tied_to(data, data.fitted[config.members[0]], structure(shape, config), sharing, sharing.match)
+    if sharing.widen:
+        return _widened(data, config)
+    mean = SumFFN(data.ffn.d_model, [dense_branch(_merged(data, config))])
     spec = tied_structure(shape, sharing, config.owner, rank=0)
     return _written_out(_tied_to(data, mean, spec, sharing, "none"))
 
 
+def _merged(data: LayerData, config: SharedConfig) -> FFNWeights:
+    """What the group shares before `down` is fitted: the owner's FFN, or the mean of all."""
+    sharing = config.sharing
+    if sharing.merge == "owner":
+        return data.ffn
+    with_down = sharing.tie == "all"
+    others = (data.others[index] for index in config.members[1:])
+    group = [in_order_of(data.ffn, other, sharing.match, data, with_down=with_down) for other in others]
+    return mean_of([data.ffn, *group], data, by_text=sharing.by_text)
+
+
+def _widened(data: LayerData, config: SharedConfig) -> SumFFN:
+    """The owner with neurons of the others, its `down` fitted to every layer that uses it."""
+    sharing, base = config.sharing, _merged(data, config)
+    ahead = {index: data.ahead[index] for index in config.members[1:]}
+    try:
+        members = [
+            place_of(
+                base, replace(data, ffn=data.others[index], inputs=inputs, corrections=None, memo={}), sharing.match
+            )
+            for index, inputs in ahead.items()
+        ]
+        wide = wider(base, members, config.extra)
+        own = UsedAt(data, data.ffn)
+        return fit_wide(wide, [own, *members] if sharing.tie == "all" else [own], sharing.ridge)
+    finally:
+        for inputs in ahead.values():
+            inputs.drop()
+
+
 def _tied_to(data: LayerData, owner: SumFFN, spec: SumSpec, sharing: Sharing, match: Match) -> SumFFN:
-    """One FFN tied to a sum of the same width, everything that it stores itself fitted to its outputs."""
-    ffn = in_order_of(owner.to_weights(torch.float32), data.ffn, match, data, with_down=sharing.tie == "all")
+    """One FFN tied to a sum that is at least as wide, everything that it stores itself fitted to its outputs."""
+    shared = owner.to_weights(torch.float32)
+    theirs = shared.take(torch.arange(data.ffn.d_ff, device=shared.up.device))
+    ffn = in_order_of(theirs, data.ffn, match, data, with_down=sharing.tie == "all")
+    ffn = padded(ffn, after(shared, ffn.d_ff))
     branch = owner.branches[0]
     assert isinstance(branch, Branch)
     tied = spec.branches[0].up

@@ -48,6 +48,14 @@ def _inverse_deviation(total: Float[Tensor, " n"], square: Float[Tensor, " n"], 
     return torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
 
 
+def unexplained_energy(
+    mine: Float[Tensor, " n"], theirs: Float[Tensor, " n"], cross: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """``min_c ||g - c h||^2`` of pairs of activations from ``sum g^2``, ``sum h^2`` and ``sum g h``, >= 0."""
+    explained = torch.where(theirs > 0, cross.square() / torch.where(theirs > 0, theirs, 1.0), 0.0)
+    return (mine - explained).clamp_min(0.0)
+
+
 def token_gram(hidden: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens tokens"]:
     """The Gram of the tokens in a layer's centred activations, of unit Frobenius norm (zero for a constant layer)."""
     centred = hidden.double() - hidden.double().mean(dim=0)

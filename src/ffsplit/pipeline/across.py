@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,7 +11,9 @@ from typing import TypeVar
 import torch
 
 from ffsplit.calibrate.cache import Activations
+from ffsplit.calibrate.devices import whole_model_at_work
 from ffsplit.calibrate.layer import LayerData
+from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.families import read
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
@@ -38,7 +41,21 @@ class OnDemand(Mapping[int, T]):
         return len(self.indices)
 
 
-def layer_data(job: Job, index: int, inputs: Activations, corrections: Activations | None) -> LayerData:
+def inputs_ahead(job: Job, replay: BlockReplay, place: int) -> Activations:
+    """The inputs of an FFN that is still dense, behind a finished prefix and whatever lies between as it is now."""
+    name = job.found.sites[place].name
+    block = next(block for block in job.found.blocks if any(site.name == name for site in block.sites))
+    with whole_model_at_work(job.model, job.found.blocks, job.device):
+        captured = replay.capture(block, f"ahead-{place}")
+    for other, store in captured.items():
+        if other != name:
+            store.drop()
+    return captured[name]
+
+
+def layer_data(
+    job: Job, index: int, inputs: Activations, corrections: Activations | None, replay: BlockReplay
+) -> LayerData:
     """The dense FFN at a place in the execution order on the compute device, with its inputs.
 
     FFNs are replaced in that order, so those after it are still dense and those before it are sums unless the plan
@@ -67,4 +84,5 @@ def layer_data(job: Job, index: int, inputs: Activations, corrections: Activatio
         job.gradients.get(sites[index].name),
         others=OnDemand(after, dense),
         fitted=OnDemand(before, compressed),
+        ahead=OnDemand(after, functools.partial(inputs_ahead, job, replay)),
     )

@@ -81,7 +81,7 @@ def _run_block(
         elif job.configs[index] is None:
             continue
         else:
-            module, notes = _fit(job, site, index, inputs[site.name], corrections)
+            module, notes = _fit(job, site, index, inputs[site.name], corrections, replay)
             if log is not None:
                 log.store(index, module, notes)
         job.notes.append(notes)
@@ -94,13 +94,13 @@ def _run_block(
 
 
 def _fit(
-    job: Job, site: FFNSite, index: int, inputs: Activations, corrections: Activations | None
+    job: Job, site: FFNSite, index: int, inputs: Activations, corrections: Activations | None, replay: BlockReplay
 ) -> tuple[SumFFN, dict[str, Any]]:
     """One FFN: its compressed form in the model's dtype, and what the report says about it."""
     config = job.configs[index]
     assert config is not None
     started = time.perf_counter()
-    data = layer_data(job, index, inputs, corrections)
+    data = layer_data(job, index, inputs, corrections, replay)
     if config.needs_data and inputs.tokens == 0:
         raise ModelError(f"{site.name}: the calibration text never reached this FFN")
     with torch.no_grad():
