@@ -3,11 +3,12 @@ from __future__ import annotations
 from itertools import permutations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffsplit.ops.matching import best_assignment, correlation, linear_cka, token_gram
+from ffsplit.ops.matching import best_assignment, correlation, linear_cka, token_gram, unexplained_energy
 
 SEEDS = st.integers(0, 2**31)
 
@@ -51,6 +52,17 @@ def test_constant_neurons_correlate_with_nothing(seed: int, tokens: int) -> None
     assert bool(torch.isfinite(found).all())
     assert float(found[2:].abs().max()) == 0
     assert float(found.abs().max()) <= 1
+
+
+@given(seed=SEEDS, tokens=st.integers(1, 9))
+def test_unexplained_energy_is_the_residual_of_numpy(seed: int, tokens: int) -> None:
+    mine, theirs = random(seed, tokens, 3).double(), random(seed + 1, tokens, 3).double()
+    theirs[:, 2] = 0.0
+    found = unexplained_energy(mine.square().sum(0), theirs.square().sum(0), (mine * theirs).sum(0))
+    for column in range(3):
+        g, h = mine[:, column].numpy(), theirs[:, column].numpy()
+        best = g - h * np.linalg.lstsq(h[:, None], g, rcond=None)[0]
+        assert float(found[column]) == pytest.approx(float(best @ best), rel=1e-6, abs=1e-9)
 
 
 @given(seed=SEEDS, tokens=st.integers(2, 10), scale=st.floats(0.1, 10))
