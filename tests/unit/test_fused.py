@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ffsplit.ffn.fused import FusedBranches, _belong, _decoded, _places, activation_name, low_bit_shapes
+from ffsplit.ffn.fused import FusedBranches, _decoded, _places, activation_name, low_bit_shapes
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import low_bit, nvrtc
 from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
+from ffsplit.kernels.dispatch import belong
 from ffsplit.kernels.float8_ffn import set_prefill
 from ffsplit.kernels.low_bit import ALIGNMENT, LowBitFFN, LowBitShape, takes
 from ffsplit.ops.rounding import Grid
@@ -205,11 +206,11 @@ def test_kernels_want_rows_one_after_another() -> None:
     one = branch(64, 4)
     tensors = [None if place is None else place[0][place[1]] for place in _places(one)]
     x = torch.randn(3, 64)
-    assert _belong(x, tensors)
+    assert belong(x, tensors)
     down = one.down
     assert isinstance(down, Packed)
     down.scale = torch.zeros(2, 64, dtype=torch.int16).T
-    assert not _belong(x, [*tensors, down.scale])
+    assert not belong(x, [*tensors, down.scale])
 
 
 def test_inputs_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import activations
 
-from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
+from ffsplit.ffn.places import Held, Place, held_at, is_unchanged, tensors_at
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.ffn.weights import joined_biases
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
-from ffsplit.kernels.dispatch import FLOATS, as_autocast, takes_kernels
+from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
 from ffsplit.kernels.low_bit import ALIGNMENT, BRANCH_TENSORS, TOKENS, LowBitFFN, LowBitShape, low_bit_ffn, takes
 
@@ -107,8 +107,8 @@ class FusedBranches:
         known = self._found(branches)
         if known.shapes is None:
             return None
-        tensors = _at(known.tensors)
-        if _is_differentiated([bias, *tensors]):
+        tensors = tensors_at(known.tensors)
+        if is_differentiated([bias, *tensors]):
             return None
         if takes(x, known.shapes):
             return self._few(x, tensors, bias, known.shapes)
@@ -130,7 +130,7 @@ class FusedBranches:
         tokens = x.numel() // x.shape[-1]
         key = -(-tokens // TOKENS), x.dtype
         if key not in self._launches:
-            fits = _belong(x, [*tensors, bias]) and not any(address % ALIGNMENT for address in addresses)
+            fits = belong(x, [*tensors, bias]) and not any(address % ALIGNMENT for address in addresses)
             parts = zip(_pairs(tensors, bias), shapes, strict=True)
             made = [LowBitFFN(part, shape, tokens, x.dtype, x.device.index) for part, shape in parts] if fits else []
             self._launches[key] = made if all(launch.is_compiled for launch in made) else []
@@ -140,7 +140,7 @@ class FusedBranches:
         self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
     ) -> Tensor | None:
         """All branches as one dense FFN, in float8 if that was asked for; None if there is no room to keep it."""
-        if not takes_kernels(x, sources) or not _belong(x, sources) or x.dtype not in FLOATS:
+        if not takes_kernels(x, sources) or not belong(x, sources) or x.dtype not in FLOATS:
             return None
         if as_autocast(x) is not x:  # a kept matrix would be cast at every forward
             return None
@@ -165,8 +165,8 @@ def _traced(x: Tensor, branches: Sequence[Branch], bias: Tensor | None) -> Tenso
     shapes = low_bit_shapes(branches)
     if shapes is None or not takes(x, shapes):
         return None
-    tensors = _at(place for branch in branches for place in _places(branch))
-    if _is_differentiated([x, bias, *tensors]) or not _belong(x, [*tensors, bias]):
+    tensors = tensors_at(place for branch in branches for place in _places(branch))
+    if is_differentiated([x, bias, *tensors]) or not belong(x, [*tensors, bias]):
         return None
     parts = zip(_pairs(tensors, bias), shapes, strict=True)
     return _added([low_bit_ffn(x, part, shape.numbers()) for part, shape in parts])
@@ -177,27 +177,10 @@ def _added(outputs: Sequence[Tensor]) -> Tensor | None:
     return functools.reduce(operator.add, outputs) if outputs else None
 
 
-def _at(places: Iterable[Place | None]) -> list[Tensor | None]:
-    """What stands there."""
-    return [None if place is None else place[0][place[1]] for place in places]
-
-
-def _is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient of any is recorded."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _pairs(tensors: Sequence[Tensor | None], bias: Tensor | None) -> list[list[Tensor | None]]:
     """Tensors of two branches at a time; the first pair adds the bias."""
     step = 2 * BRANCH_TENSORS
     return [[*tensors[at : at + step], None if at else bias] for at in range(0, len(tensors), step)]
-
-
-def _belong(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all tensors lie row after row where the inputs are, those of floating-point numbers in their dtype."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    placed = all(t.device == x.device and t.is_contiguous() for t in present)
-    return placed and all(t.dtype == x.dtype or not t.is_floating_point() for t in present)
 
 
 def _decoded(

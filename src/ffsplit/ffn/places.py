@@ -6,8 +6,10 @@ module, and a decoded token has little.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 Place = tuple[dict[str, Any], str]
 Held = tuple[dict[str, Any], str, Any]
@@ -22,3 +24,8 @@ def held_at(places: Sequence[Place]) -> tuple[Held, ...]:
 def is_unchanged(held: Sequence[Held]) -> bool:
     """Whether all that stood there still does."""
     return all(where.get(name) is it for where, name, it in held)
+
+
+def tensors_at(places: Iterable[Place | None]) -> list[Tensor | None]:
+    """The tensors that stand there."""
+    return [None if place is None else place[0][place[1]] for place in places]

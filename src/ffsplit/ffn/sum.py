@@ -18,6 +18,7 @@ from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.skips import Skip
 from ffsplit.ffn.spec import BranchSpec, SumSpec
+from ffsplit.ffn.thresholded import ThresholdedBranches
 from ffsplit.ffn.weights import FFNWeights, joined_biases
 
 
@@ -127,11 +128,13 @@ class SumFFN(nn.Module):
         self.register_parameter("bias", _parameter(bias))
         self.merged = MergedCache()
         self._fused = FusedBranches()
+        self._thresholded = ThresholdedBranches()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SumFFN:
         # A cast or a move may leave the tensors' versions as they were.
         self.merged.drop()
         self._fused.drop()
+        self._thresholded.drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -178,8 +181,11 @@ class SumFFN(nn.Module):
         return self._sum(x) if self.skip is None else self.skip(x, self._sum)  # type: ignore[no-any-return]
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
-        fused = self._fused(x, self._branches(), self.bias)
-        total = merged_sum(x, self._branches(), self.merged) if fused is None else fused
+        branches = self._branches()
+        fused = self._fused(x, branches, self.bias)
+        if fused is None:
+            fused = self._thresholded(x, branches, self.bias)
+        total = merged_sum(x, branches, self.merged) if fused is None else fused
         for branch in self.branches if total is None else ():
             out = branch(x)
             total = out if total is None else total + out

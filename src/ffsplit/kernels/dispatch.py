@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
@@ -88,6 +88,18 @@ def takes_kernels(x: Tensor, sources: Sequence[Tensor | None]) -> bool:
         ):
             return False
     return True
+
+
+def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient of any is recorded."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def belong(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all tensors lie row after row where the inputs are, those of floating-point numbers in their dtype."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    placed = all(t.device == x.device and t.is_contiguous() for t in present)
+    return placed and all(t.dtype == x.dtype or not t.is_floating_point() for t in present)
 
 
 def as_autocast(x: Tensor) -> Tensor:

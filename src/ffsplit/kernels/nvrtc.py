@@ -88,17 +88,22 @@ def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) ->
     instance = instance_of(kernel, arguments)
     compile_source: Any = getattr(torch.cuda, "_compile_kernel", None)
     if compile_source is None:
-        _logger.warning("this torch has no torch.cuda._compile_kernel: low-bit FFNs are decoded before multiplying")
+        _logger.warning("this torch has no torch.cuda._compile_kernel: FFNs run without kernels of their own")
         return None
     try:
         with torch.cuda.device(device):
             return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]), device)
     except (RuntimeError, OSError, AttributeError) as error:
         # A machine without NVRTC or with a driver older than it is served by the plain path, more slowly.
-        _logger.warning("%s could not be compiled, low-bit FFNs are decoded before multiplying: %s", instance, error)
+        _logger.warning("%s could not be compiled, FFNs run without it: %s", instance, error)
         return None
 
 
 def is_supported(device: int) -> bool:
     """Whether an NVIDIA GPU can run the kernels of this folder; traceable."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
+def processors(device: int) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,255 @@
+"""Sums whose last branch leaves out neurons under thresholds, by kernels that leave out their weights too.
+
+For few tokens on NVIDIA GPUs (:mod:`ffsplit.kernels.threshold`) and one token on CPUs
+(:mod:`ffsplit.kernels.cpu_threshold`). Both read `down` neuron after neuron, of which a copy is kept: a third of a
+gated FFN's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ffsplit.ffn.fused import activation_name
+from ffsplit.ffn.places import Held, Place, held_at, is_unchanged, tensors_at
+from ffsplit.ffn.projections import Dense
+from ffsplit.ffn.selectors import Threshold
+from ffsplit.kernels import cpu_threshold
+from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
+from ffsplit.kernels.low_bit import ALIGNMENT
+from ffsplit.kernels.threshold import (
+    BRANCH_TENSORS,
+    ThresholdFFN,
+    ThresholdShape,
+    neuron_major,
+    takes,
+    threshold_ffn,
+)
+
+if TYPE_CHECKING:
+    from ffsplit.ffn.sum import Branch
+
+TRACED_DEVICES = ("cuda",)
+PROJECTIONS = ("gate", "up", "down")
+HEAVY_DOWN, REST_DOWN = BRANCH_TENSORS - 1, 2 * BRANCH_TENSORS - 1
+MATRICES = (0, 2, HEAVY_DOWN, BRANCH_TENSORS, BRANCH_TENSORS + 2, REST_DOWN)
+"""Places among the tensors of :class:`ffsplit.kernels.threshold.ThresholdFFN`."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was found out about the branches of a sum, with the places where it was found.
+
+    Attributes:
+        modules: where the modules are on which it depends, and which they were.
+        tensors: where the tensors are, in the order of :class:`ffsplit.kernels.threshold.ThresholdFFN` without the
+            bias of the sum; None: there is none.
+        shape: None: these branches are not of this kind.
+        on_gpu: whether the GPU's kernels know them.
+    """
+
+    modules: tuple[Held, ...]
+    tensors: tuple[Place | None, ...]
+    shape: ThresholdShape | None
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch]) -> _Known:
+        names = ("act", "selector", *PROJECTIONS)
+        shape = threshold_shape(branches)
+        return cls(
+            held_at([(branch._modules, name) for branch in branches for name in names]),
+            () if shape is None else tuple(_places(branches)),
+            shape,
+            shape is not None and shape.is_supported,
+        )
+
+
+class ThresholdedBranches:
+    """Runs the branches of a sum without the weights of neurons that a threshold leaves out, where that is faster.
+
+    What is known of the branches is found when it is first needed, and again after a module or a tensor of theirs was
+    replaced. Copies and pickles of a sum find it anew.
+    """
+
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget everything; what is asked for next is found and made anew."""
+        self.derived = DerivedCache()
+        self._branches: tuple[Branch, ...] = ()
+        self._known = _Known((), (), None, False)
+        self._addresses: list[int] = []
+        self._launches: dict[tuple[int, torch.dtype], ThresholdFFN | None] = {}
+
+    def __call__(
+        self, x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], bias: Tensor | None
+    ) -> Tensor | None:
+        """The outputs of all branches and the bias together; None where this does not apply."""
+        if torch.compiler.is_compiling():
+            return _traced(x, branches, bias)
+        # Before anything else: for other sums this must cost nothing.
+        if not branches or branches[-1]._modules.get("selector") is None:
+            return None
+        if not takes_kernels(x, ()) or as_autocast(x) is not x:
+            return None
+        shape = self._found(branches).shape
+        if shape is None or x.shape[-1] != shape.d_model:  # the plain path says what is wrong
+            return None
+        on_cpu = x.device.type == "cpu" and cpu_takes(x, shape)
+        if not on_cpu and not (self._known.on_gpu and takes(x, shape)):
+            return None
+        tensors = [*tensors_at(self._known.tensors), bias]
+        if not takes_kernels(x, tensors) or not _fit(x, tensors):
+            return None
+        return self._one(x, tensors, branches) if on_cpu else self._few(x, tensors, shape)
+
+    def _found(self, branches: Sequence[Branch]) -> _Known:
+        if tuple(branches) != self._branches or not is_unchanged(self._known.modules):
+            self.drop()
+            self._branches, self._known = tuple(branches), _Known.of(branches)
+        return self._known
+
+    def _few(self, x: Tensor, tensors: list[Tensor | None], shape: ThresholdShape) -> Tensor | None:
+        """Launches, made ready once for every number of tokens, as long as the tensors stay where they are."""
+        downs = self._neuron_major([tensors[HEAVY_DOWN], tensors[REST_DOWN]])
+        if downs is None:
+            return None
+        tensors[HEAVY_DOWN], tensors[REST_DOWN] = downs
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses:
+            self._addresses, self._launches = addresses, {}
+        tokens = x.numel() // shape.d_model
+        key = tokens, x.dtype
+        if key not in self._launches:
+            fits = not any(addresses[at] % ALIGNMENT for at in MATRICES)
+            made = ThresholdFFN(tensors, shape, tokens, x.dtype, x.device.index) if fits else None
+            self._launches[key] = made if made is not None and made.is_compiled else None
+        launch = self._launches[key]
+        return None if launch is None else launch(x)
+
+    def _one(self, x: Tensor, tensors: list[Tensor | None], branches: Sequence[Branch]) -> Tensor | None:
+        """One token on a CPU: which neurons work is looked at, which a GPU would have to wait for."""
+        downs = self._neuron_major([tensors[REST_DOWN]])
+        if downs is None or downs[0] is None:
+            return None
+        total = _one_token(x.reshape(1, -1), branches[-1], downs[0])
+        if len(branches) > 1:
+            total = branches[0](x.reshape(1, -1)) + total
+        bias = tensors[-1]
+        return (total if bias is None else total + bias).view(x.shape)
+
+    def _neuron_major(self, downs: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """Each ``down`` neuron after neuron; None if there is no room to keep copies."""
+        present = [down for down in downs if down is not None]
+        copied = sum(down.nbytes for down in present if not down.t().is_contiguous())
+        key = "neuron_major"
+        if not self.derived.holds(key, present) and copied > decoded_room(present[0].device):
+            return None
+        made = iter(self.derived.get(key, present, lambda: [_kept(down) for down in present]))
+        return [None if down is None else next(made) for down in downs]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThresholdedBranches:
+        return ThresholdedBranches()
+
+    def __reduce__(self) -> tuple[type[ThresholdedBranches], tuple[()]]:
+        return ThresholdedBranches, ()
+
+
+def threshold_shape(branches: Sequence[Branch]) -> ThresholdShape | None:
+    """Of dense branches of which the last is under thresholds and another one, at most, always works; else None.
+
+    An activation that has no name among those of the kernels is one that they do not know.
+    """
+    if not 1 <= len(branches) <= 2:
+        return None
+    *heavy, rest = branches
+    selector = rest.selector
+    if type(selector) is not Threshold or any(branch.selector is not None for branch in heavy):
+        return None
+    matrices = [matrix for branch in branches for matrix in (branch.gate, branch.up, branch.down) if matrix is not None]
+    if not all(type(matrix) is Dense for matrix in matrices):
+        return None
+    acts, gated = {activation_name(branch.act) for branch in branches}, {branch.gate is not None for branch in branches}
+    if len(gated) != 1:
+        return None
+    act = acts.pop() if len(acts) == 1 else None
+    sizes = [branch.up.spec.shape[0] for branch in branches]
+    d_model = rest.up.spec.shape[1]
+    return ThresholdShape(d_model, sum(sizes[:-1]), sizes[-1], gated.pop(), selector.spec.shared, act or "")
+
+
+def cpu_takes(x: Float[Tensor, "*tokens d_model"], shape: ThresholdShape) -> bool:
+    """Whether one token on this CPU is worth looking at which neurons it needs."""
+    one = x.numel() == shape.d_model and x.dtype in FLOATS
+    return one and cpu_threshold.AVAILABLE and shape.rest * shape.d_model >= cpu_threshold.SMALLEST
+
+
+def _one_token(x: Float[Tensor, "1 d_model"], branch: Branch, down: Float[Tensor, "neurons d_model"]) -> Tensor:
+    """A branch under thresholds; ``down`` neuron after neuron."""
+    assert branch.selector is not None
+    assert isinstance(branch.up, Dense)
+    compared = branch.up if branch.gate is None else branch.gate
+    compared_bias = branch.up_bias if branch.gate is None else branch.gate_bias
+    activated = branch.selector.activations(branch.act(_biased(compared(x), compared_bias)), x, branch.act)
+    working = activated[0].nonzero().squeeze(1)
+    if not cpu_threshold.pays(len(working), activated.shape[1]):
+        hidden = activated if branch.gate is None else activated * _biased(branch.up(x), branch.up_bias)
+        return branch.down(hidden)  # type: ignore[no-any-return]
+    hidden = activated[0, working]
+    if branch.gate is not None:
+        bias = None if branch.up_bias is None else branch.up_bias[working]
+        hidden = hidden * _biased(cpu_threshold.rows_times_token(x, branch.up.weight, working), bias)
+    return cpu_threshold.weighted_rows(down, working, hidden)
+
+
+def _biased(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias
+
+
+def _traced(x: Tensor, branches: Sequence[Branch], bias: Tensor | None) -> Tensor | None:
+    """The same on a GPU as an operator, for compilers."""
+    shape = threshold_shape(branches) if x.device.type in TRACED_DEVICES else None
+    if shape is None or not takes(x, shape):
+        return None
+    tensors = [*tensors_at(_places(branches)), bias]
+    if is_differentiated([x, *tensors]) or not _fit(x, tensors):
+        return None
+    return threshold_ffn(x, tensors, shape.numbers())  # type: ignore[no-any-return]
+
+
+def _fit(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all tensors are where the inputs are and like them; ``down`` may lie either way."""
+    others = [tensor for at, tensor in enumerate(tensors) if at not in (HEAVY_DOWN, REST_DOWN)]
+    return belong(x, [*others, _by_rows(tensors[HEAVY_DOWN]), _by_rows(tensors[REST_DOWN])])
+
+
+def _by_rows(down: Tensor | None) -> Tensor | None:
+    """The matrix or its transpose, whichever lies row after row."""
+    return down if down is None or down.is_contiguous() else down.t()
+
+
+def _kept(down: Tensor) -> Tensor:
+    """Neuron after neuron; a copy is counted among what this package keeps."""
+    made = neuron_major(down)
+    return made if made.data_ptr() == down.data_ptr() else counted(made)
+
+
+def _places(branches: Sequence[Branch]) -> list[Place | None]:
+    """Where the tensors are, in the order of :class:`ffsplit.kernels.threshold.ThresholdFFN` without the last."""
+    found: list[Place | None] = []
+    found += [None] * BRANCH_TENSORS * (2 - len(branches))
+    for branch in branches:
+        gate = None if branch.gate is None else (branch.gate._parameters, "weight")
+        found += [gate, (branch._parameters, "gate_bias")]
+        found += [(branch.up._parameters, "weight"), (branch._parameters, "up_bias")]
+        found.append((branch.down._parameters, "weight"))
+    selector = branches[-1].selector
+    return [*found, None if selector is None else (selector._buffers, "threshold")]
