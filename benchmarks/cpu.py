@@ -5,7 +5,7 @@ The clock is the CPU time of the one thread, which leaves out the time that othe
 of the memory's bandwidth is in). Weights are made up: no quality is measured here, and structures are those that
 recipes give.
 
-    python benchmarks/cpu.py [--only ffn|model] [--rounds 9]
+    python benchmarks/cpu.py [--only ffn|model|thresholds] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ffsplit.bench.latency import decode_seconds, prefill_seconds
 from ffsplit.families import find_ffns
 from ffsplit.ffn.made_up import fill
 from ffsplit.ffn.projections import DenseSpec, Int8DynamicSpec, StorageSpec
+from ffsplit.ffn.selectors import ThresholdSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import SumFFN
@@ -51,6 +52,9 @@ SHAPES = {
     "2048/5632 gated": FFNShape(2048, 5632, gated=True),
     "768/3072 plain": FFNShape(768, 3072, gated=False, up_bias=True, down_bias=True),
 }
+THRESHOLD_SHAPES = SHAPES | {"4096/11008 gated": FFNShape(4096, 11008, gated=True)}
+SKIPPED = (0.3, 0.5, 0.7, 0.9)
+CATS = "cats 50 %"
 TOKENS = (1, 4, 16, 64, 128, 512, 1024)
 GROUP = 64
 HEAVY_LOW_RANK, HEAVY_INT8, KEEP = 0.1, 0.25, 0.5
@@ -83,14 +87,37 @@ def structures(shape: FFNShape) -> dict[str, SumSpec]:
         "int8": total(packed(shape.d_ff, 8)),
         "25% int8 + int4": total(packed(int8, 8), packed(shape.d_ff - int8, 4)),
         "w8a8": one_branch_spec(shape, lambda size: Int8DynamicSpec(shape=size)),
+        CATS: thresholded(shape, 0.5),
     }
+
+
+def thresholded(shape: FFNShape, skipped: float) -> SumSpec:
+    """All neurons dense, of which a token leaves out this share."""
+    selector = ThresholdSpec(neurons=shape.d_ff, shared=True, sparsity=skipped)
+    return sum_spec(
+        shape,
+        [dense_branch_spec(shape, shape.d_ff).model_copy(update={"selector": selector})],
+        bias=shape.down_bias,
+    )
 
 
 def made(spec: SumSpec, gated: bool, dtype: torch.dtype) -> SumFFN:
     """A sum of this structure with made-up numbers."""
     ffn = SumFFN.empty(spec, nn.SiLU() if gated else nn.GELU(), dtype, "cpu").requires_grad_(False).eval()
     fill(ffn)
+    for branch in ffn.branches:
+        if branch.selector is not None:
+            branch.selector.threshold.fill_(threshold(branch))
     return ffn
+
+
+def threshold(branch: nn.Module) -> float:
+    """At which random inputs leave out the share of a branch's neurons that its selector promises."""
+    compared = branch.up if branch.gate is None else branch.gate
+    bias = branch.up_bias if branch.gate is None else branch.gate_bias
+    found = compared(torch.randn(64, compared.weight.shape[1]).to(compared.weight))
+    activations = branch.act(found if bias is None else found + bias).abs().float()
+    return float(activations.flatten().kthvalue(round(branch.selector.spec.sparsity * activations.numel())).values)
 
 
 def torchs_own(dense: SumFFN, int4: SumFFN) -> dict[str, nn.Module]:
@@ -187,7 +214,8 @@ def candidates(shape: FFNShape) -> dict[str, tuple[nn.Module, torch.dtype, int]]
     everything = max(TOKENS)
     for short, dtype in FLOATS.items():
         for name, spec in structures(shape).items():
-            found[f"{name}, {short}"] = made(spec, shape.gated, dtype), dtype, everything
+            few = 4 if name == CATS else everything  # beyond one token it is a dense FFN and a mask
+            found[f"{name}, {short}"] = made(spec, shape.gated, dtype), dtype, few
     dense, int4 = found["dense, fp32"][0], found["int4, fp32"][0]
     found["int4 decoded at every forward, fp32"] = Reference(int4), torch.float32, KERNEL_TOKENS
     for name, module in torchs_own(dense, int4).items():
@@ -275,6 +303,34 @@ def time_ffns(rounds: int) -> dict[str, Any]:
     return found
 
 
+def time_thresholds(rounds: int) -> dict[str, Any]:
+    """One token of FFNs that leave out neurons under a threshold, and of the same with masks, over the dense one."""
+    flush = Flush(torch.device("cpu"))
+    found: dict[str, Any] = {}
+    for name, shape in THRESHOLD_SHAPES.items():
+        before = os.getloadavg()
+        times = {short: thresholds_of(shape, dtype, rounds, flush) for short, dtype in FLOATS.items()}
+        found[name] = {
+            "milliseconds": times,
+            "speed": {
+                short: {variant: row["dense"] / value for variant, value in row.items()} for short, row in times.items()
+            },
+            "load_average": {"before": before, "after": os.getloadavg()},
+        }
+    return found
+
+
+def thresholds_of(shape: FFNShape, dtype: torch.dtype, rounds: int, flush: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds by variant."""
+    modules: dict[str, nn.Module] = {"dense": made(structures(shape)["dense"], shape.gated, dtype)}
+    for skipped in SKIPPED:
+        ffn = made(thresholded(shape, skipped), shape.gated, dtype)
+        modules |= {f"{skipped:.0%} skipped": ffn, f"{skipped:.0%} masked": Reference(ffn)}
+    x = torch.randn(1, shape.d_model).to(dtype)
+    found = medians([partial(once, module, x, flush) for module in modules.values()], rounds, warmup=1)
+    return {name: 1e3 * seconds for name, seconds in zip(modules, found, strict=True)}
+
+
 def _described(spec: SumSpec) -> dict[str, Any]:
     storages: list[StorageSpec] = [projection for branch in spec.branches for projection in branch.projections]
     return {
@@ -333,15 +389,18 @@ def _turns(variants: Mapping[str, Variant], seconds: Callable[[Any], float], rou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ffn", "model"))
+    parser.add_argument("--only", choices=("ffn", "model", "thresholds"))
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    content: dict[str, Any] = next(read_results("cpu.json"), {})
+    content: dict[str, Any] = {} if options.only == "thresholds" else next(read_results("cpu.json"), {})
     content |= {"provenance": provenance(seed=SEED), "clock": "CPU seconds of one thread", "group": GROUP}
     content |= {"cpu": dict(torch.cpu.get_capabilities()), "decoded_room_bytes": decoded_room(torch.device("cpu"))}
     with torch.no_grad():  # modules made in inference mode could not keep anything
+        if options.only == "thresholds":
+            write_result("cpu-thresholds", content | {"thresholds": time_thresholds(options.rounds)})
+            return
         if options.only != "model":
             content["ffn"] = time_ffns(options.rounds)
         if options.only != "ffn":

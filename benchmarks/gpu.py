@@ -23,18 +23,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffsplit.ffn.projections import Dense, Packed, Projection
+from ffsplit.ffn.selectors import Threshold, ThresholdSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels.float8_ffn import set_prefill
 from ffsplit.kernels.low_bit import MOST_TOKENS
+from ffsplit.kernels.threshold import MOST_TOKENS as MOST_THRESHOLDED
 from ffsplit.ops.rounding import Grid
 from ffsplit.provenance import provenance
 
 GROUP = 128
 # (d_model, d_ff, gated, neurons of the heavy branch)
 SHAPES = [(4096, 11008, True, 1152), (8192, 28672, True, 2816), (4096, 16384, False, 1664)]
-TOKENS = (1, 16, 64, 256, 2048, 8, 32, 33, 512, 1024, 8192)
+TOKENS = (1, 4, 16, 64, 256, 2048, 8, 32, 33, 512, 1024, 8192)
 BEYOND_CACHE = 150e6
 ROUNDS = 7
+CATS = "cats 50 %"
 Call = Callable[[Tensor], Tensor]
 
 
@@ -62,6 +65,17 @@ def split_ffn(d_model: int, parts: list[tuple[int, int]], gated: bool) -> SumFFN
         for neurons, bits in parts
     ]
     return SumFFN(d_model, branches).eval()
+
+
+def thresholded_ffn(d_model: int, d_ff: int, gated: bool) -> SumFFN:
+    """One dense branch, half of whose neurons a token leaves out."""
+    ffn = split_ffn(d_model, [(d_ff, 16)], gated)
+    (branch,) = ffn._branches()
+    compared = branch.gate or branch.up
+    activations = branch.act(compared(torch.randn(64, d_model, device="cuda", dtype=torch.bfloat16))).abs()
+    spec = ThresholdSpec(neurons=d_ff, shared=True, sparsity=0.5)
+    branch.selector = Threshold(spec, activations.float().median().bfloat16().view(1))
+    return ffn
 
 
 class DenseFFN(nn.Module):
@@ -188,6 +202,8 @@ def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tupl
         "ffsplit bf16 10 % + int4": copies(
             lambda: split_ffn(d_model, [(heavy, 16), (rest, 4)], gated), weights * (share * 16 + (1 - share) * 4.19) / 8
         ),
+        # What one token moves: all of the matrix that is compared with the threshold, half of the others.
+        CATS: copies(lambda: thresholded_ffn(d_model, d_ff, gated), weights * (4 / 3 if gated else 3 / 2)),
         "torch int4": copies(lambda: TorchInt4(d_model, d_ff, gated), weights * 4.25 / 8),
         # gemlite searches for every new shape, which takes minutes: the first one only.
         "gemlite w4": copies(
@@ -195,6 +211,13 @@ def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tupl
         ),
     }
     return {name: value for name, value in found.items() if value[0]}
+
+
+def bandwidths(made: dict[str, tuple[list[nn.Module], int]], seconds: dict[str, float], tokens: int) -> dict[str, int]:
+    """Gigabytes of weights a second, where tokens are so few that these are what takes time."""
+    # Several tokens leave out less than half, by how much their neurons differ.
+    known = [name for name in seconds if name in made and tokens <= (1 if name == CATS else 64)]
+    return {name: round(made[name][1] / seconds[name] / 1e9) for name in known}
 
 
 def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
@@ -207,6 +230,8 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
             # Beyond, they are far slower than the dense FFN; every new shape costs gemlite a search.
             if (name == "torch int4" and count > 256) or (name == "gemlite w4" and count not in (1, 16)):
                 continue
+            if name == CATS and count > MOST_THRESHOLDED:
+                continue
             # Many tokens: the decoded or float8 weights are the same for all codes; one split is enough.
             if count > MOST_TOKENS and name in ("int3", "ffsplit bf16 10 % + int4"):
                 continue
@@ -215,7 +240,7 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
             ):
                 set_prefill(prefill)  # type: ignore[arg-type]
                 label = name if prefill == "exact" else f"{name}, float8"
-                if isinstance(modules[0], SumFFN) and count in (1, 16, 256):
+                if isinstance(modules[0], SumFFN) and count in (1, 4, 16, 256):
                     errors[label] = reference_error(modules[0], x[:256], modules[0])
                 repeats = 24 if count <= 256 else 4
                 try:
@@ -234,9 +259,7 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
             "tokens": count,
             "microseconds": {name: round(value * 1e6, 1) for name, value in seconds.items()},
             "times_dense": {name: round(dense / value, 2) for name, value in seconds.items()},
-            "gigabytes_per_second": {
-                name: round(made[name][1] / seconds[name] / 1e9) for name in seconds if name in made and count <= 64
-            },
+            "gigabytes_per_second": bandwidths(made, seconds, count),
             "relative_error": errors,
         }
 
@@ -245,6 +268,7 @@ def eager_overhead() -> dict[str, float]:
     """Microseconds from call to call without a graph, at one token: what Python and the launches cost."""
     found = {}
     modules = {"dense bf16": DenseFFN(512, 1024, True), "int4": split_ffn(512, [(1024, 4)], True)}
+    modules[CATS] = thresholded_ffn(512, 1024, True)
     x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
     for name, module in modules.items():
         for _ in range(20):
@@ -266,7 +290,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape, few token counts")
     options = parser.parse_args()
     torch.manual_seed(0)
-    shapes, tokens = (SHAPES[:1], (1, 16, 256)) if options.quick else (SHAPES, TOKENS)
+    shapes, tokens = (SHAPES[:1], (1, 4, 16, 256)) if options.quick else (SHAPES, TOKENS)
     rows: list[dict[str, Any]] = []
     document = {
         "benchmark": "gpu",

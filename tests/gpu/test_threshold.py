@@ -162,6 +162,21 @@ def test_a_captured_graph_replays_it() -> None:
         assert torch.equal(out, ffn(x))
 
 
+@torch.no_grad()
+def test_a_capture_makes_nothing_to_keep() -> None:
+    ffn = sum_of(SUMS[2], torch.bfloat16).cuda()
+    x = torch.randn(1, 520, device="cuda", dtype=torch.bfloat16)
+    ffn(x.expand(9, -1))  # the plain path's libraries are loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ffn(x)
+    assert ffn._thresholded.derived.is_empty
+    wanted, slack = exact(copy.deepcopy(ffn).cpu(), x.cpu())
+    assert far_off(ffn(x), wanted, slack) < 8e-3
+    graph.replay()
+    assert far_off(out, wanted, slack) < 2e-2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="inductor")
 @pytest.mark.parametrize("turned", [False, True])
 @torch.no_grad()

@@ -68,7 +68,10 @@ def _why_ffn(evidence: Evidence) -> str:
             f"FFN, and starting them takes {evidence.calls_share:.0%} of the time"
         )
     if evidence.masked:
-        return "neurons are left out by masks: no kernel skips their work on this device"
+        return (
+            "neurons are left out by masks: no kernel skips their work on this device at so many tokens, or too few "
+            "neurons are left out"
+        )
     if evidence.bound == "compute" and evidence.macs_ratio > 0.95:
         return (
             "compute-bound: the dense FFN is limited by multiply-accumulates here, and the compressed one does as "

@@ -102,7 +102,10 @@ def set_decoded_limit(limit: int | None) -> None:
 
 
 def decoded_room(device: torch.device) -> int:
-    """Bytes of decoded matrices that may still be kept on a device."""
+    """Bytes of decoded matrices that may still be kept on a device; none while a CUDA graph is being captured."""
+    # What is made during a capture is computed by the graph's replays only, and must not be kept.
+    if device.type == "cuda" and torch.get_device_module(device).is_current_stream_capturing():
+        return 0
     limit = int(SHARE_OF_MEMORY * _memory(device)) if _Decoded.limit is None else _Decoded.limit
     return limit - _Decoded.kept[device]
 

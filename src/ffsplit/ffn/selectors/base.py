@@ -34,7 +34,7 @@ class SelectorSpecBase(Spec, ABC):
         """Multiply-accumulates that an average token really needs, given those of the whole projections.
 
         The share is the one that was asked for, to which the numbers are calibrated. The plain forward computes
-        everything and masks; only a kernel for single tokens would leave the work out.
+        everything and masks; only kernels for few tokens leave work out, and only for some selectors.
         """
 
     @abstractmethod
