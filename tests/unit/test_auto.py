@@ -167,6 +167,22 @@ def test_the_chosen_plan_is_what_was_tried(tmp_path: Path) -> None:
     assert result.plan.keep <= 0.5
 
 
+@pytest.mark.parametrize("method", [None, {"method": "prune", "keep": 0.95}], ids=["dense", "pruned"])
+def test_overrides_count_in_the_budget(method: dict[str, Any] | None) -> None:
+    """Half of all parameters, however little is left for the other FFN when one of the two is settled."""
+    override = {"ffns": "0", "method": method}
+    result = run(auto(keep=0.6, methods=["prune"]) | {"overrides": [override]})
+    assert 0.5 < result.plan.keep <= 0.6
+    assert plans(result)[0]["value"] == pytest.approx(result.plan.keep, abs=1e-4)
+    kept = result.plan.ffns[0]
+    assert kept.spec.parameters >= 0.94 * kept.dense_shape.parameters
+
+
+def test_a_budget_that_overrides_put_out_of_reach_is_refused() -> None:
+    with pytest.raises(BudgetError, match="smallest reachable is"):
+        run(auto(keep=0.45, methods=["prune"]) | {"overrides": [{"ffns": "0", "method": None}]})
+
+
 def test_without_a_trial_the_prediction_is_trusted() -> None:
     (plan,) = plans(run(auto(keep=0.5, trials=1)))
     assert plan["measured_damage"] is None
@@ -187,6 +203,13 @@ def test_measurements_of_another_text_are_not_used(tmp_path: Path) -> None:
     run(auto(keep=0.5, trials=1), measured=tmp_path)
     other = ids().flip(1)
     ffsplit.compress(tiny("llama"), recipe=auto(keep=0.5, trials=1), calibration=other, device="cpu", measured=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_measurements_of_another_version_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(auto(keep=0.6, methods=["prune"], trials=1), measured=tmp_path)
+    monkeypatch.setattr("ffsplit.pipeline.job.versions", lambda: {"ffsplit": "0"})
+    run(auto(keep=0.6, methods=["prune"], trials=1), measured=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 

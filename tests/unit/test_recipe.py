@@ -179,6 +179,34 @@ def test_round_trip(given: dict[str, Any]) -> None:
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("method", "budget", "gone"),
+    [
+        ({"method": "drop-ffns", "count": 2}, {"keep": 0.5}, "count"),
+        ({"method": "finercut", "count": 2, "replacement": "low-rank", "rank": 4}, {"budget": "keep=0.5"}, "count"),
+        ({"method": "drop", "rank": 4}, {"keep": 0.5}, "rank"),
+        ({"method": "prune", "width": 100}, {"keep": 0.5}, "width"),
+        ({"method": "quantize", "code_bits": 4}, {"bits": 3.5}, "code_bits"),
+    ],
+    ids=lambda value: value.get("method") if isinstance(value, dict) else None,
+)
+def test_a_budget_replaces_what_says_the_same_in_another_unit(
+    method: dict[str, Any], budget: dict[str, Any], gone: str
+) -> None:
+    kept = {name: value for name, value in method.items() if name != gone}
+    for start in ({"method": method}, load_recipe({"method": method})):
+        found = load_recipe(start, **budget).method
+        assert getattr(found, gone) is None
+        assert {name: getattr(found, name) for name in kept} == kept
+
+
+def test_a_budget_that_contradicts_a_setting_is_refused() -> None:
+    with pytest.raises(RecipeError, match="keep goes with replacement='low-rank'"):
+        load_recipe({"method": {"method": "drop", "replacement": "mean"}}, keep=0.5)
+    with pytest.raises(RecipeError, match="target='attention' drops none; give count"):
+        load_recipe({"method": {"method": "drop-ffns", "count": 2, "target": "attention"}}, keep=0.5)
+
+
 def test_a_recipe_object_keeps_what_nobody_asked_for_a_default() -> None:
     recipe = load_recipe(Recipe.model_validate(PRUNE), calibration={"samples": 3})
     assert recipe.calibration.model_fields_set == {"samples"}

@@ -185,9 +185,18 @@ def measured(scene: Scene, rows: Sequence[Row], objective: Objective, metric: Me
 def uniform(
     rows: Sequence[Row], damages: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], limit: float
 ) -> list[list[int]]:
-    """Plans that give every layer the same candidate and meet the limit, the least predicted damage first."""
+    """Plans that give every layer the same candidate and meet the limit, the least predicted damage first.
+
+    Layers with one candidate have that one in all of them.
+    """
     places = [{one.label: index for index, one in enumerate(row) if one.config is not None} for row in rows]
-    plans = [[row[label] for row in places] for label in places[0] if all(label in row for row in places)]
+    free = [row for row, place in zip(rows, places, strict=True) if len(row) > 1 and place]
+    labels = places[rows.index(free[0])] if free else {}
+    plans = [
+        [0 if len(row) == 1 else place[label] for row, place in zip(rows, places, strict=True)]
+        for label in labels
+        if all(len(row) == 1 or label in place for row, place in zip(rows, places, strict=True))
+    ]
 
     def total(values: Sequence[Sequence[float]], plan: Sequence[int]) -> float:
         return sum(row[index] for row, index in zip(values, plan, strict=True))

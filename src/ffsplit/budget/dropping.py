@@ -35,6 +35,7 @@ class DroppingConfig(PlannerConfig):
     """
 
     budget_is_optional: ClassVar[bool] = True
+    instead_of_budget: ClassVar[tuple[str, ...]] = ("count",)
 
     target: Target = "ffn"
     keep: float | None = Field(None, gt=0, lt=1)

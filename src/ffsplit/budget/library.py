@@ -71,6 +71,8 @@ def library(
 ) -> list[Row]:
     """Every candidate of every FFN: each method at the points of the grid of its budget that it can reach.
 
+    An FFN that the recipe's overrides have settled has one candidate, which counts in the budget like every other.
+
     Args:
         scene: the dense model; `mixed-bits` looks at its neurons.
         methods: values of method blocks, without a budget where the method has one.
@@ -91,6 +93,8 @@ def library(
         else:
             for row, shape in zip(rows, scene.shapes, strict=True):
                 row += [Candidate(one.model_dump_json(), one) for one in variants(shape, block, budget, *points)]
+    for index, config in scene.settled.items():
+        rows[index] = [Candidate("as it is" if config is None else config.model_dump_json(), config)]
     if all(len(row) == 1 for row in rows):
         raise RecipeError(f"none of {', '.join(str(block['method']) for block in methods)} can do anything here")
     return rows
@@ -112,7 +116,7 @@ def variants(shape: FFNShape, values: Mapping[str, Any], budget: str, *extra: fl
         RecipeError: the method cannot be set up like this at any point.
     """
     method = get_method(str(values["method"]))
-    if any(name in values for name in method.budget) or not method.budget:
+    if not method.budget or any(name in values for name in (*method.budget, *method.config.instead_of_budget)):
         yield method_config(dict(values))
         return
     points: list[dict[str, float]] = [{}] if method.config.budget_is_optional else []

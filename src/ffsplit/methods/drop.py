@@ -37,6 +37,7 @@ class DropConfig(MethodConfig):
     """
 
     budget_is_optional: ClassVar[bool] = True
+    instead_of_budget: ClassVar[tuple[str, ...]] = ("rank",)
 
     method: Literal["drop"] = "drop"
     replacement: Replacement | None = None

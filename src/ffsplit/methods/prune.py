@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
@@ -35,6 +35,8 @@ class PruneConfig(MethodConfig):
         ridge: pull of the refit to the old weights, relative to the mean diagonal of the hidden Gram.
         align: with `keep`, the kept width is a multiple of this (hardware likes 64 or 128).
     """
+
+    instead_of_budget: ClassVar[tuple[str, ...]] = ("width",)
 
     method: Literal["prune"] = "prune"
     keep: float | None = None

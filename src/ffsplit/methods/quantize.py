@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -42,6 +42,8 @@ class QuantizeConfig(MethodConfig):
         refit: least-squares fit of `down` on the quantised activations before it is quantised itself.
         ridge: pull of that fit to the old weights.
     """
+
+    instead_of_budget: ClassVar[tuple[str, ...]] = ("code_bits",)
 
     method: Literal["quantize"] = "quantize"
     bits: float | None = Field(None, gt=0, le=FLOAT_BITS)

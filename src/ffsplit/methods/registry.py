@@ -37,6 +37,8 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     budget_is_optional: ClassVar[bool] = False
     """Whether the method has a meaning without any budget."""
+    instead_of_budget: ClassVar[tuple[str, ...]] = ()
+    """Settings that say in another unit what a budget says, so that a budget replaces them."""
     method: str
 
     @property

@@ -23,7 +23,7 @@ BUDGETS = {
     "sparsity": "share of activations or tokens left out at run time, 0 to 1",
 }
 WHOLE_MODEL = ("bytes", "flops", "latency")
-BUDGET_FIELDS = frozenset({*BUDGETS, *WHOLE_MODEL, "code_bits", "width"})
+BUDGET_FIELDS = frozenset({*BUDGETS, *WHOLE_MODEL})
 DEFAULT_DOCUMENTS = 1024
 """Calibration sequences of a model that reads documents, unless a number is asked for: these are short,
 and a fit over thousands of neurons needs tens of thousands of tokens."""
@@ -154,10 +154,13 @@ class Recipe(_Block):
             decided: by the planner, if there is one; overrides win over it too.
         """
         chosen: Decision = [self.method] * count if decided is None else list(decided)
-        for override in self.overrides:
-            for index in parse_indices(override.ffns, count):
-                chosen[index] = override.method
+        for index, method in self.overridden(count).items():
+            chosen[index] = method
         return chosen
+
+    def overridden(self, count: int) -> dict[int, MethodConfig | None]:
+        """What overrides say of some of ``count`` FFNs, by their place in the execution order."""
+        return {index: override.method for override in self.overrides for index in parse_indices(override.ffns, count)}
 
 
 def parse_indices(text: str, count: int) -> list[int]:
@@ -280,12 +283,13 @@ def _with_budget(method: dict[str, Any], given: Mapping[str, float | str]) -> di
     chosen = get_entry(str(method.get("method")))
     # Budgets of a whole model, such as bytes, are fields of planners that know what these cost.
     takes = [*chosen.budget, *(kind for kind in WHOLE_MODEL if kind in chosen.config.model_fields)]
+    said = BUDGET_FIELDS.union(chosen.config.instead_of_budget)
     for name, value in given.items():
         if name not in takes:
             its = f"its budget is {' or '.join(takes)}" if takes else "it has no budget"
             raise RecipeError(f"method {chosen.name} takes no {name}; {its}")
-        method = {key: old for key, old in method.items() if key not in BUDGET_FIELDS} | {name: value}
-    if chosen.budget and not chosen.config.budget_is_optional and not BUDGET_FIELDS & method.keys():
+        method = {key: old for key, old in method.items() if key not in said} | {name: value}
+    if chosen.budget and not chosen.config.budget_is_optional and not said & method.keys():
         if "bits" not in chosen.budget:
             needed = " or ".join(f"{name} ({BUDGETS[name]})" for name in chosen.budget)
             raise RecipeError(f"method {chosen.name} needs a budget: {needed}")
