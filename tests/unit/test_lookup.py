@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ffsplit.calibrate.cache import Activations, TensorCache
 from ffsplit.errors import BudgetError, ModelError
-from ffsplit.ffn.lookup import Lookup, LookupSpec
+from ffsplit.ffn.lookup import Lookup, LookupSpec, projections
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method, method_config
+from ffsplit.ops.lookup import buckets
 from tests.unit.test_assemble import D_MODEL, layer, output_error
 
 
@@ -52,6 +53,19 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     out = copy.deepcopy(tables()).to(dtype)(x)
     assert out.dtype == dtype
     assert out.tolist() == [[1.0, 10.0], [2.0, 20.0]]
+
+
+@pytest.mark.parametrize("planes", ["random", "pca"])
+def test_tables_are_fitted_to_the_hashes_that_are_stored(planes: str) -> None:
+    """In bfloat16 a plane is another plane: no token may fall into a bucket that was fitted to others."""
+    data = replace(layer(tokens=2000), dtype=torch.bfloat16)
+    config = method_config({"method": "lookup", "keep": 0.9, "hash_bits": 3, "planes": planes})
+    module = get_method("lookup").apply(data, config)
+    assert module.lookup is not None
+    stored = copy.deepcopy(module.lookup).bfloat16()
+    x = torch.cat(list(data.inputs))
+    hashes = [buckets(projections(x, one.planes, one.offsets), 3) for one in (module.lookup, stored)]
+    assert torch.equal(*hashes)
 
 
 @pytest.mark.parametrize("heavy", [0, 8, None])

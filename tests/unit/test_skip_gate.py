@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -54,6 +55,18 @@ def test_the_tokens_that_miss_least_skip(target: str) -> None:
     assert float(size[~works].max()) < float(size.quantile(0.6))
     assert float(module.skip.direction[0].abs()) > 0.97
     assert output_error(data, module) < 0.02
+
+
+def test_the_constant_is_the_mean_of_the_tokens_that_skip_once_it_is_stored() -> None:
+    """In bfloat16 the gate is another gate, and other tokens skip."""
+    data = replace(layer(tokens=4000), dtype=torch.bfloat16)
+    module = gated(data, instead="mean")
+    assert module.skip is not None
+    assert module.skip.constant is not None
+    x = inputs(data)
+    skipped = ~copy.deepcopy(module.skip).bfloat16().works(x)[:, 0]
+    assert torch.equal(~module.skip.works(x)[:, 0], skipped)
+    torch.testing.assert_close(module.skip.constant, data.ffn(x[skipped]).mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_skipped_token_gets_what_was_stored() -> None:

@@ -67,8 +67,7 @@ def _damage(
     metric: Metric,
 ) -> float:
     module = get_method(config.method).apply(data, config.quick())
-    dtype = next(scene.model.get_submodule(site.down).parameters()).dtype
-    taken = replace(scene.model, site, module.requires_grad_(False).to(device=scene.device, dtype=dtype))
+    taken = replace(scene.model, site, module.requires_grad_(False).to(device=scene.device, dtype=data.dtype))
     try:
         return objective.mean(replay, block, metric)
     finally:

@@ -22,6 +22,7 @@ from ffsplit.families import AttentionSite, FFNs, FFNSite, read
 from ffsplit.families.attention import sites_in
 from ffsplit.families.attention_site import SubLayer
 from ffsplit.families.blocks import Block
+from ffsplit.families.surgery import weight_dtype
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.registry import MethodConfig
 
@@ -47,6 +48,8 @@ class Scene:
         notes: what the report shall say about the decision, as plain values; filled by the planner.
         gradients: of the dense model's loss, by the FFN's name; empty unless the planner's configuration needs them.
         attention: the model's attentions that can be left out; empty unless the configuration looks at them.
+        settled: what the recipe's overrides say of some FFNs, whatever is decided, by their place in the execution
+            order; None leaves one as it is.
         left_out: those that shall be, by their place in `attention`; filled by the planner.
     """
 
@@ -62,6 +65,7 @@ class Scene:
     notes: dict[str, Any] = field(default_factory=dict)
     gradients: Mapping[str, NeuronGradients] = field(default_factory=dict)
     attention: tuple[AttentionSite, ...] = ()
+    settled: Mapping[int, MethodConfig | None] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
 
     def batches(self, count: int | None = None) -> list[dict[str, torch.Tensor]]:
@@ -95,7 +99,8 @@ class Scene:
         dense = read(self.model, site).map(lambda tensor: tensor.to(device=self.device, dtype=torch.float32))
         dense.act.to(self.device)
         seed, gradients = self.seed + self.index_of(site), self.gradients.get(site.name)
-        return LayerData(dense, inputs, site.name, seed, gradients=gradients)  # type: ignore[arg-type]
+        dtype = weight_dtype(self.model, site)
+        return LayerData(dense, inputs, site.name, seed, gradients=gradients, dtype=dtype)  # type: ignore[arg-type]
 
     def walk(
         self, count: int | None = None, label: str = "measure", *, to_the_end: bool = False

@@ -57,6 +57,8 @@ class LayerData:
         others: the FFNs that come later and are still dense, by their place in the execution order, for a method that
             works across layers; read when asked for.
         fitted: the sums that earlier FFNs have become, likewise; copies in float32.
+        dtype: of the model's weights, to which what is fitted will be cast: hashes and thresholds are decided on what
+            is left of them then.
         ahead: the inputs that later FFNs get while they and what lies before them are still dense, likewise; whoever
             asks drops them.
     """
@@ -70,6 +72,7 @@ class LayerData:
     memo: dict[str, Any] = field(default_factory=dict)
     others: Mapping[int, FFNWeights] = field(default_factory=dict)
     fitted: Mapping[int, SumFFN] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
     ahead: Mapping[int, Activations] = field(default_factory=dict)
     _device: torch.device = field(init=False)
 
@@ -91,6 +94,10 @@ class LayerData:
         statistics = collect(self.ffn, self.inputs, self._device, hidden_gram=hidden_gram)
         statistics.check_finite(self.name)
         return statistics
+
+    def as_stored(self, tensor: Tensor) -> Tensor:
+        """A tensor with the values that it will have in the model's dtype, in the dtype that fits are computed in."""
+        return tensor.to(self.dtype).to(self.ffn.up)
 
     def chunks(self) -> Iterator[Float[Tensor, "tokens d_model"]]:
         """The inputs, one sequence at a time, on the compute device and in the dtype of the weights."""

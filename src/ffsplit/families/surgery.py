@@ -35,6 +35,12 @@ def read(model: nn.Module, site: FFNSite) -> FFNWeights:
     return FFNWeights(up, down, act, gate, up_bias, gate_bias, down_bias)
 
 
+def weight_dtype(model: nn.Module, site: FFNSite) -> torch.dtype:
+    """In what dtype the model holds the FFN, which what takes its place is cast to."""
+    dtype: torch.dtype = next(projection_at(model, site.down).parameters()).dtype
+    return dtype
+
+
 def activation(model: nn.Module, site: FFNSite) -> nn.Module:
     """A copy of the site's activation, in eval mode and without hooks.
 

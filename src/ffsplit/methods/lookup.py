@@ -87,10 +87,10 @@ def lookup(data: LayerData, config: LookupConfig) -> SumFFN:
     spec = structure(FFNShape.of(data.ffn), config)
     assert spec.lookup is not None
     module = _heavy_alone(data, config, spec)
-    planes = _planes(data, config, spec.lookup.planes).to(data.ffn.up)
+    planes = data.as_stored(_planes(data, config, spec.lookup.planes))
     none = planes.new_zeros(len(planes))
     # The medians, so that every sign splits the tokens in halves.
-    offsets = torch.cat([projections(x, planes, none) for x in data.chunks()]).median(0).values
+    offsets = data.as_stored(torch.cat([projections(x, planes, none) for x in data.chunks()]).median(0).values)
     index = torch.cat([buckets(projections(x, planes, offsets), config.hash_bits) for x in data.chunks()])
     bias = 0 if data.ffn.down_bias is None else data.ffn.down_bias
     with torch.no_grad():

@@ -59,9 +59,9 @@ def skip_gate(data: LayerData, config: SkipGateConfig) -> SumFFN:
     ffn = data.ffn
     spec = structure(FFNShape.of(ffn), config)
     assert spec.skip is not None
-    direction = gate_direction(data, config).to(ffn.up)
+    direction = data.as_stored(gate_direction(data, config))
     found = torch.cat([scores(x, direction) for x in data.chunks()])
-    threshold = torch.tensor([share_threshold(found, config.sparsity)]).to(ffn.up)
+    threshold = data.as_stored(torch.tensor([share_threshold(found, config.sparsity)]))
     constant = _mean_skipped(data, direction, threshold) if spec.skip.constant else None
     skip = Skip(spec.skip, direction, threshold, constant)
     return SumFFN(ffn.d_model, [dense_branch(ffn)], bias=ffn.down_bias, skip=skip)

@@ -15,6 +15,7 @@ from ffsplit.calibrate.devices import whole_model_at_work
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.families import read
+from ffsplit.families.surgery import weight_dtype
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.pipeline.job import Job
@@ -84,5 +85,6 @@ def layer_data(
         job.gradients.get(sites[index].name),
         others=OnDemand(after, dense),
         fitted=OnDemand(before, compressed),
+        dtype=weight_dtype(job.model, sites[index]),
         ahead=OnDemand(after, functools.partial(inputs_ahead, job, replay)),
     )

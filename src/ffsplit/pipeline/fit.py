@@ -17,6 +17,7 @@ from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.errors import ModelError
 from ffsplit.families import FFNSite, drop_attention, link_ties, read, replace
 from ffsplit.families.blocks import Block
+from ffsplit.families.surgery import weight_dtype
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
 from ffsplit.pipeline.across import layer_data
@@ -77,7 +78,7 @@ def _run_block(
     for site in block.sites:
         index = index_of[site.name]
         if log is not None and log.has(index):
-            module, notes = log.load(index, read(job.model, site).act, _weight_dtype(job.model, site))
+            module, notes = log.load(index, read(job.model, site).act, weight_dtype(job.model, site))
         elif job.configs[index] is None:
             continue
         else:
@@ -117,7 +118,7 @@ def _fit(
         "seconds": round(time.perf_counter() - started, 3),
     }
     module.requires_grad_(False)
-    return module.to(_weight_dtype(job.model, site)), notes
+    return module.to(weight_dtype(job.model, site)), notes
 
 
 def relative_error(data: LayerData, module: SumFFN, chunks: int = 8) -> float | None:
@@ -131,11 +132,6 @@ def relative_error(data: LayerData, module: SumFFN, chunks: int = 8) -> float | 
         difference += float((wanted - module(x)).double().square().sum())
         total += float(wanted.double().square().sum())
     return (difference / total) ** 0.5 if total else None
-
-
-def _weight_dtype(model: PreTrainedModel, site: FFNSite) -> torch.dtype:
-    dtype: torch.dtype = next(model.get_submodule(site.down).parameters()).dtype
-    return dtype
 
 
 def _weight_device(model: PreTrainedModel, site: FFNSite) -> torch.device:
