@@ -151,6 +151,19 @@ def test_many_tokens_are_exact_unless_float8_is_asked_for(monkeypatch: pytest.Mo
     assert relative_error(on_gpu(x.cuda()), changed) < 8e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-36, 1e-35])
+def test_a_row_next_to_nothing_becomes_no_nan_in_float8(size: float) -> None:
+    x = torch.randn(4, 64).to(torch.bfloat16)
+    x[1] = size
+    made = float8_ffn._rounded(x.cuda(), 64, "identity", False, None, None)
+    assert made is not None
+    codes, scale = made
+    found = codes.float() * scale
+    assert bool(torch.isfinite(found).all())
+    torch.testing.assert_close(found[1].cpu(), x[1].float(), rtol=0.1, atol=1e-39)
+
+
 def test_other_modules_are_left_alone() -> None:
     act = nn.Softplus()
     branch = Branch(act, matrix(64, 64, 4, 64, False, False), matrix(64, 64, 4, 64, False, False))

@@ -115,6 +115,13 @@ def test_zeros_and_values_that_are_not_finite() -> None:
     assert torch.equal(dead(random(2, 16)), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-44])
+def test_a_row_next_to_nothing_has_a_scale(size: float) -> None:
+    codes, scale = int8.round_rows(torch.tensor([[size, -size, 0.0]]))
+    assert float(scale) >= torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(codes * scale, torch.tensor([[size, -size, 0.0]]), rtol=0.1, atol=1e-38)
+
+
 def test_the_gradient_is_that_of_the_unrounded_product() -> None:
     projection, x = stored(8, 16), random(5, 16, seed=1).requires_grad_(True)
     with_gradient = projection(x)

@@ -23,14 +23,15 @@ def round_rows(
 
     Args:
         x: any float dtype.
-        scale: given already; None is the one at which the largest value of the row becomes 448, the largest float8.
+        scale: given already; None is the one at which the largest value of the row becomes 448, the largest float8,
+            but no smaller than a normal float32.
 
     Reference: FP8 Formats for Deep Learning, arXiv 2209.05433.
     """
     wide = x.float()
     if scale is None:
         largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
-        scale = torch.where(largest == 0, 1.0, largest / LARGEST)
+        scale = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
     # Clamped first: whether a cast saturates or gives NaN is not the same everywhere.
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8), scale
 

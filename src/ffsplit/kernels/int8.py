@@ -31,7 +31,8 @@ def round_rows(
 
     Args:
         x: any float dtype; worked on in float32, or float64 if it is.
-        scale: given already; None is the one at which the largest value of the row becomes 127.
+        scale: given already; None is the one at which the largest value of the row becomes 127, but no smaller than a
+            normal number.
 
     Returns:
         Codes from -127 to 127 and scales > 0; a row with Inf or NaN has such a scale, which reaches the output.
@@ -39,7 +40,7 @@ def round_rows(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if scale is None:
         largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
-        scale = torch.where(largest == 0, 1.0, largest / LARGEST)
+        scale = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(torch.finfo(wide.dtype).tiny))
     codes = (wide / scale).round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0.0).to(torch.int8)
     return codes, scale
 

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(512) float8_rows(const u16* x, u8* out, float*
     __syncthreads();
 #pragma unroll
     for (int w = 0; w < 16; ++w) most = fmaxf(most, largest[w]);
-    const float step = most == 0.f ? 1.f : most / 448.f, inverse = 1.f / step;
+    // No smaller than the smallest normal number: the inverse of what is below has no float32.
+    const float step = most == 0.f ? 1.f : fmaxf(most / 448.f, 1.17549435e-38f), inverse = 1.f / step;
     if (threadIdx.x == 0) scale[blockIdx.x] = step;
     for (int column = threadIdx.x * 4; column < columns; column += 2048) {
         four<ACT, GATED, HALF>(v, row, up_bias, gate_bias, column, columns);
