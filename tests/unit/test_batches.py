@@ -104,6 +104,15 @@ def test_ready_made_pixels_of_any_type(dtype: torch.dtype) -> None:
     assert made.sha256 == same.sha256 != other.sha256
 
 
+def test_batches_of_another_shape_or_type_are_other_batches() -> None:
+    def sha256(*batches: torch.Tensor) -> str:
+        return make_batches(tiny("bert"), None, [{"input_ids": ids} for ids in batches], **SIZES).sha256
+
+    ids = token_ids(2, 6)
+    others = (ids.reshape(3, 4), ids.reshape(1, 12), ids.flatten().view(torch.int32).reshape(2, 12))
+    assert len({sha256(ids), sha256(*ids.split(1)), *map(sha256, others)}) == 5
+
+
 def test_a_ready_made_batch_without_the_main_input() -> None:
     with pytest.raises(DataError, match="batch 1 has no 'pixel_values', the main input of ViTModel"):
         make_batches(tiny("vit"), None, [{"pixel_values": torch.zeros(1)}, {"pixels": torch.zeros(1)}], **SIZES)

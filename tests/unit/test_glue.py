@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from ffsplit.tasks.encode import encode
 from ffsplit.tasks.examples import TaskData, read_task
 from ffsplit.tasks.finetune import TuneSettings, fine_tune, predict, scores
 from ffsplit.tasks.parts import find_parts
-from ffsplit.tasks.run import GlueJob, run_glue
+from ffsplit.tasks.run import GlueJob, claim, run_glue
 from ffsplit.tasks.task import task_of
 from ffsplit.train.loop import Hooks
 from tests.unit.cli_fixtures import Call, cli, saved  # noqa: F401 - a fixture
@@ -125,7 +126,55 @@ def test_a_phase_goes_on_from_its_last_step(
     torch.testing.assert_close(run(None), straight, rtol=0, atol=0)
     assert steps[0] in (21, 22)
     assert len(steps) <= total - 20
-    assert not (tmp_path / "state.safetensors").exists()
+    steps.clear()
+    run(None)
+    assert len(steps) <= 2, "the state stays until the result is safe, and is all that a repetition needs"
+
+
+def test_a_kill_before_the_checkpoint_is_written_loses_no_training(
+    folder: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(*_arguments: object) -> None:
+        raise Killed
+
+    steps: list[int] = []
+    monkeypatch.setattr("ffsplit.tasks.finetune.SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("ffsplit.tasks.run._Seed._write", die)
+        with pytest.raises(Killed):
+            run_glue(job(folder, encoder, tmp_path))
+    run_glue(
+        job(folder, encoder, tmp_path, progress=lambda what, done, _: steps.append(done) if "dense" in what else None)
+    )
+    assert len(steps) <= 2
+    assert not list(tmp_path.rglob("*.state.safetensors"))
+
+
+def test_a_model_of_the_same_name_with_other_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = tiny_bert("AutoModel")
+    place = saved(model, tmp_path / "bert")
+    out = tmp_path / "out"
+    claim(out, job(folder, place, out).identity())
+    claim(out, job(folder, place, out).identity())
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+    saved(model, place)
+    with pytest.raises(ResumeError, match="another weights"):
+        run_glue(job(folder, place, out))
+
+
+def test_a_body_of_another_shape_is_refused_and_a_head_is_not(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    other = saved(tiny_bert("AutoModelForSequenceClassification", num_labels=5), tmp_path / "five")
+    assert load_classifier(open_source(str(other)), data_of(folder), 0).classifier.out_features == 2
+    config = json.loads((encoder / "config.json").read_text())
+    wrong = tmp_path / "wrong"
+    shutil.copytree(encoder, wrong)
+    (wrong / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(FFSplitError, match=r"has the shape .* in the checkpoint"):
+        load_classifier(open_source(str(wrong)), data_of(folder), 0)
 
 
 def test_a_directory_of_another_run_is_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:

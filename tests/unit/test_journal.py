@@ -13,6 +13,7 @@ from ffsplit.ffn.projections import Dense, DenseSpec, LowRank, Packed
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ops.rounding import round_to_nearest
 from ffsplit.pipeline import fit as fit_module
+from ffsplit.pipeline import job as job_module
 from ffsplit.pipeline.journal import Journal, fingerprint, sum_state
 from tests.tiny import tiny
 from tests.unit.family_batches import family_batches, token_ids
@@ -195,3 +196,15 @@ def test_a_run_does_not_go_on_from_other_inputs(changed: dict[str, Any], what: s
     run()
     with pytest.raises(ResumeError, match=f"other .*{what}"):
         run(**changed)
+
+
+def test_a_run_does_not_go_on_from_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        ffsplit.compress(
+            tiny("llama"), recipe="prune", keep=0.6, calibration=token_ids(3, 16), device="cpu", journal=tmp_path
+        )
+
+    run()
+    monkeypatch.setattr(job_module, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(ResumeError, match="belongs to a run with other versions"):
+        run()

@@ -29,6 +29,8 @@ from ffsplit.recover.run import recover_model
 from ffsplit.recover.text import recovery_text
 from ffsplit.recover.weights import as_sums
 from ffsplit.recover.whole import prepared
+from ffsplit.recover.workers import Workers
+from ffsplit.train import loop
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -179,6 +181,51 @@ def test_a_killed_run_ends_at_the_very_weights(
     assert all(torch.equal(finished.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
     with pytest.raises(ResumeError, match="other recovery"):
         recover_model(copy.deepcopy(start), dense, WINDOWS, settings(seed=3), device=CPU, folder=tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["blocks", "model"])
+def test_a_kill_before_the_result_is_kept_loses_no_training(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a training stays until what it led to is on disk."""
+    dense = strong("llama")
+    start, config = pruned(dense), settings(steps=10, stages=stage)
+    monkeypatch.setattr("ffsplit.recover.whole.SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("ffsplit.recover.store.save_file", _killed)
+        with pytest.raises(_KilledError):
+            recover_model(copy.deepcopy(start), dense, WINDOWS, config, device=CPU, folder=tmp_path)
+    assert len(list(tmp_path.glob("*-state.safetensors"))) == 1
+    steps: list[int] = []
+    step = loop._Run.step
+
+    def counted(run: Any, *arguments: Any) -> None:
+        steps.append(run.standing.step)
+        step(run, *arguments)
+
+    monkeypatch.setattr(loop._Run, "step", counted)
+    recover_model(copy.deepcopy(start), dense, WINDOWS, config, device=CPU, folder=tmp_path)
+    assert steps[0] == 9
+    assert not list(tmp_path.glob("*-state.safetensors"))
+
+
+def _killed(*_arguments: Any, **_options: Any) -> None:
+    raise _KilledError
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "what"),
+    [("workers", lambda _device: Workers(count=2), "processes"), ("precision_of", lambda *_: "bfloat16", "precision")],
+)
+def test_another_number_of_processes_or_precision_is_another_run(
+    place: str, value: Any, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = strong("llama")
+    start, config = pruned(dense), settings(steps=1)
+    recover_model(copy.deepcopy(start), dense, WINDOWS, config, device=CPU, folder=tmp_path)
+    monkeypatch.setattr(f"ffsplit.recover.run.{place}", value)
+    with pytest.raises(ResumeError, match=f"other {what}"):
+        recover_model(copy.deepcopy(start), dense, WINDOWS, config, device=CPU, folder=tmp_path)
 
 
 def test_merged_adapters_give_what_the_adapted_model_gave() -> None:

@@ -25,7 +25,7 @@ class Batches:
     Attributes:
         batches: keyword arguments of the model's forward.
         name: of the source.
-        sha256: of every tensor.
+        sha256: of every tensor, its name, type and shape.
         samples: sequences.
         tokens: real tokens (elements of the main input for models that read no tokens).
         windows: the token windows, for models that read tokens.
@@ -116,10 +116,12 @@ def _given_batches(model: PreTrainedModel, source: Sequence[Mapping[str, Tensor]
         if main not in batch:
             raise DataError(f"calibration batch {index} has no {main!r}, the main input of {type(model).__name__}")
         for name in sorted(batch):
-            if not isinstance(batch[name], Tensor):
-                raise DataError(f"calibration batch {index}: {name!r} is a {type(batch[name]).__name__}, not a tensor")
+            tensor = batch[name]
+            if not isinstance(tensor, Tensor):
+                raise DataError(f"calibration batch {index}: {name!r} is a {type(tensor).__name__}, not a tensor")
+            digest.update(f"{index}|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             # As bytes: numpy has no bfloat16.
-            digest.update(name.encode() + batch[name].cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return Batches(
         batches=[dict(batch) for batch in source],
         name="batches",

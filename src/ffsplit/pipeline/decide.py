@@ -55,7 +55,7 @@ def _store(job: Job, log: Journal, measured: str | Path | None) -> Path:
     if measured is None:
         return log.folder("measured")
     identity = job.identity()
-    parts = {name: identity[name] for name in ("model", "data", "dtype")}
+    parts = {name: identity[name] for name in ("model", "data", "dtype", "versions")}
     # The model's hash is that of the model as it came, and folding changes damages. Some methods draw random numbers.
     # Measurements are of so many batches, and the data's hash does not tell their size.
     settings = {"fold_norms": job.recipe.fold_norms, "seed": job.recipe.seed}

@@ -22,7 +22,7 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.methods.registry import MethodConfig
 from ffsplit.pipeline.plan import Plan, PlannedAttention, make_plan
 from ffsplit.pipeline.recipe import Recipe
-from ffsplit.provenance import provenance
+from ffsplit.provenance import provenance, versions
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,7 +87,8 @@ class Job:
 
     def scene(self, store: Path | None, trial: Trial | None) -> Scene:
         """What a planner may look at; ``store`` is where its measurements outlast a killed run."""
-        self.take_gradients([self.recipe.planner])
+        settled = self.recipe.overridden(len(self.shapes))
+        self.take_gradients([self.recipe.planner, *settled.values()])
         return Scene(
             self.model,
             self.found,
@@ -100,6 +101,7 @@ class Job:
             trial,
             gradients=self.gradients,
             attention=self.attention,
+            settled=settled,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -110,6 +112,7 @@ class Job:
             "data": self.data.sha256,
             "dtype": str(self.model.dtype),
             "plan": self.plan.model_dump(mode="json")["ffns"],
+            "versions": versions(),
         }
 
 

@@ -166,11 +166,30 @@ def _named(error: Exception) -> str:
 
 def refuse_missing(name: str, model: PreTrainedModel, missing: Any) -> None:
     """Weights that no file provides were filled with random numbers; only a head may be (it is not ours to change)."""
-    # A bare model is its own body, and its weights have no prefix.
-    body = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lost = (key for key in missing if key.startswith(body))
+    lost = (key for key in missing if key.startswith(_body(model)))
     inside = sorted(key for key in lost if not any(word in key for word in DISPENSABLE))
     if inside:
         raise ModelError(
             f"{name}: the checkpoint lacks weights of the model's body, first {inside[0]!r}; refusing to go on"
         )
+
+
+def refuse_mismatched(name: str, model: PreTrainedModel, mismatched: Any) -> None:
+    """Weights of another shape than the configuration's were filled with random numbers; only a head may be.
+
+    Args:
+        name: of the model, for the message.
+        model: as it was loaded.
+        mismatched: (key, shape in the file, shape in the model) of each such weight.
+    """
+    inside = sorted((key, tuple(old), tuple(new)) for key, old, new in mismatched if key.startswith(_body(model)))
+    if inside:
+        key, stored, wanted = inside[0]
+        raise ModelError(
+            f"{name}: {key} has the shape {stored} in the checkpoint and {wanted} by its config.json; refusing to go on"
+        )
+
+
+def _body(model: PreTrainedModel) -> str:
+    """What the names of the body's weights begin with. A bare model is its own body, and they have no prefix."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -21,7 +21,7 @@ from ffsplit.recover.refit import refit_layer
 from ffsplit.recover.store import Store
 from ffsplit.recover.text import Text, recovery_text
 from ffsplit.recover.weights import as_sums, same_structure
-from ffsplit.recover.whole import distil_model
+from ffsplit.recover.whole import distil_model, precision_of
 from ffsplit.recover.workers import Workers, workers
 
 Progress = Callable[[str, int, int], None]
@@ -89,7 +89,11 @@ def recover_model(
     mask_id = None if tokenizer is None else getattr(tokenizer, "mask_token_id", None)
     special = () if tokenizer is None else tuple(tokenizer.all_special_ids)
     text = recovery_text(student, windows, config, mask_id, special, (group.rank, group.count))
-    store = None if folder is None else Store(folder, _identity(student, teacher, windows, config), group.first)
+    parts = _identity(student, teacher, windows, config) | {
+        "processes": group.count,
+        "precision": precision_of(config, device),
+    }
+    store = None if folder is None else Store(folder, parts, group.first)
     homes = [next(model.parameters()).device for model in (student, teacher) if model is not None]
     scene = Scene(student, teacher, text, config, store, group, progress)
     with same_structure(student):

@@ -40,7 +40,7 @@ class Store:
         return self.directory / f"{name}-state.safetensors"
 
     def finish(self, name: str, module: nn.Module, notes: dict[str, Any]) -> None:
-        """Keep a finished module and its notes."""
+        """Keep a finished module and its notes, which makes the state of its training needless."""
         if not self.writes:
             return
         # Tied weights have several names and one storage, which safetensors refuses: the first name is enough.
@@ -53,6 +53,7 @@ class Store:
             tensors[key] = tensor.detach().cpu().contiguous()
         with whole_file(self._done(name)) as partial:
             save_file(tensors, partial, metadata={"notes": json.dumps(notes)})
+        self.state(name).unlink(missing_ok=True)
 
     def holds(self, name: str) -> bool:
         """Whether a module was finished in an earlier run."""

@@ -116,11 +116,16 @@ def prepared(student: nn.Module, config: Recovery) -> Iterator[dict[str, nn.Para
         yield chosen
 
 
+def precision_of(config: Recovery, device: torch.device) -> Precision:
+    """The precision of products, which follows the device unless it is set."""
+    automatic: Precision = "float32" if device.type == "cpu" else "bfloat16"
+    return config.precision or automatic
+
+
 def settings_of(
     config: Recovery, device: torch.device, lr: float, steps: int, minutes: float | None = None
 ) -> TrainSettings:
     """The loop's settings for one training of a recovery."""
-    automatic: Precision = "float32" if device.type == "cpu" else "bfloat16"
     return TrainSettings(
         steps=steps,
         lr=lr,
@@ -128,7 +133,7 @@ def settings_of(
         weight_decay=config.weight_decay,
         clip=config.clip,
         seed=config.seed,
-        precision=config.precision or automatic,
+        precision=precision_of(config, device),
         evaluate_share=1 / config.evaluations,
         save_seconds=SAVE_SECONDS,
         decay="cosine",

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ffsplit.errors import ModelError
-from ffsplit.pipeline.load import Source, first_line, refuse_missing
+from ffsplit.pipeline.load import Source, first_line, refuse_mismatched, refuse_missing
 from ffsplit.tasks.encode import Encoded
 from ffsplit.tasks.examples import TaskData
 
@@ -21,7 +21,8 @@ def load_classifier(source: Source, data: TaskData, seed: int) -> PreTrainedMode
     A head of the right size that the checkpoint has is kept; any other is new, drawn from ``seed``.
 
     Raises:
-        ModelError: transformers has no classifier of this kind of model, or weights of the body are missing.
+        ModelError: transformers has no classifier of this kind of model, or weights of the body are missing
+            or of another shape than its configuration says.
     """
     labels = dict(enumerate(data.classes)) if data.classes else {0: data.task.name}
     torch.manual_seed(seed)
@@ -39,6 +40,7 @@ def load_classifier(source: Source, data: TaskData, seed: int) -> PreTrainedMode
     except Exception as error:  # the readers of each weight format and each configuration have errors of their own
         raise ModelError(f"{source.name}: no classifier can be loaded from it: {first_line(error)}") from error
     refuse_missing(source.name, model, info["missing_keys"])
+    refuse_mismatched(source.name, model, info["mismatched_keys"])
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from ffsplit.pipeline.load import Source
 from ffsplit.pipeline.recipe import Recipe
 from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from ffsplit.plain import plain
-from ffsplit.provenance import provenance
+from ffsplit.provenance import hash_model, provenance
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
 from ffsplit.tasks.encode import Encoded, encode
 from ffsplit.tasks.examples import TaskData
@@ -72,11 +73,17 @@ class GlueJob:
     calibration: int = 2048
     progress: Progress | None = None
 
+    @cached_property
+    def _weights(self) -> str:
+        """A fingerprint of the dense encoder: a name alone may stand for another one by the time of a continuation."""
+        return hash_model(self.source.load())
+
     def identity(self) -> dict[str, Any]:
         """What an interrupted run and its continuation must share; further seeds may be added."""
         shown: dict[str, Any] = plain(
             {
                 "model": self.source.name,
+                "weights": self._weights,
                 "task": self.data.task.name,
                 "data": self.data.describe(),
                 "recipe": self.recipe.model_dump(mode="json"),
@@ -194,7 +201,12 @@ class _Seed:
             "parameters": size_of(model).parameters,
         }
         _write_json(note, plain(facts))
+        self._state(phase).unlink(missing_ok=True)
         return facts
+
+    def _state(self, phase: Phase) -> Path:
+        """The file of a training under way, kept until its result is safe."""
+        return self.folder / f"{phase}.state.safetensors"
 
     def _load(self, phase: Phase) -> PreTrainedModel:
         model = AutoModelForSequenceClassification.from_pretrained(self.folder / phase, dtype=torch.float32)
@@ -237,7 +249,7 @@ class _Seed:
         hooks = Hooks(
             progress=self.job.progress,
             label=f"seed {self.seed} {phase}",
-            state=self.folder / f"{phase}.state.safetensors",
+            state=self._state(phase),
             identity=f"{identity} {self.seed} {phase}",
         )
         trained = fine_tune(

@@ -90,7 +90,8 @@ class Hooks:
         score_start: whether the weights before the first step are a candidate for the best ones.
         progress: called with (label, steps done, steps).
         label: of the progress.
-        state: file for the state of a run under way; removed at the end. None keeps none.
+        state: file for the state of a run under way. It stays: whoever keeps the result removes it once that is safe.
+            None keeps none.
         identity: what an interrupted run and its continuation must share.
         reduce: averages the gradients over processes, when there are several; each trains on batches of its own.
         writes: whether this process writes the state.
@@ -256,8 +257,6 @@ class _Run:
     def finish(self) -> Standing:
         load_weights(self.model, self.best)
         self.model.eval()
-        if self.hooks.state is not None and self.hooks.writes:
-            self.hooks.state.unlink(missing_ok=True)
         return self.standing
 
 
