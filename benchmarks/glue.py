@@ -16,7 +16,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from transformers import PreTrainedModel
 
 import ffsplit
 from _common import RESULTS, data_folder, minilm, mpnet_folder, sentence_encoder_check, write_result
+from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.families import find_ffns
 from ffsplit.pipeline.load import open_source
+from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import provenance
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
 from ffsplit.tasks.encode import Encoded, encode
@@ -37,6 +39,7 @@ from ffsplit.tasks.examples import TaskData, read_task
 from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores
 from ffsplit.tasks.parts import find_parts
 from ffsplit.tasks.task import task_of
+from glue_general import General, calibration, distil, windows
 
 ENCODERS = {"minilm": ("all-MiniLM-L6-v2", minilm), "mpnet": ("all-mpnet-base-v2", mpnet_folder)}
 # Peak learning rate of the fine-tuning, dense and compressed alike.
@@ -57,6 +60,9 @@ class Way:
     recipe: dict[str, Any] | None
     distill: bool = False
     again: bool = False
+    # Compressed before the task is seen and distilled on text of no task, then fine-tuned once, as long as the others'
+    # two fine-tunings take together.
+    general: bool = False
 
 
 def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -81,11 +87,16 @@ WAYS: dict[str, Way] = {
     "best": Way(method("prune", drift=0.5), distill=True),
     "best-linear": Way(method("ffsplit", drift=0.5), distill=True),
     "svd-distilled": Way(method("svd"), distill=True),
+    "best-general": Way(method("prune", score="leverage"), distill=True, general=True),
+    "ffsplit-general": Way(
+        method("ffsplit", rest="whitened", heavy=0.1, score="output_norm"), distill=True, general=True
+    ),
     **{f"heavy-{heavy:g}": Way(split(heavy)) for heavy in SWEEP if heavy != 0.1},
     "heavy-random": Way(split(0.1, score="random")),
 }
 DENSE = ("dense", "dense-twice")
 MAIN = ("svd", "ffsplit", "best")
+GENERAL = ("best-general", "ffsplit-general")
 OTHERS = ("prune", "whitened-svd", "ffsplit-linear", "prune-bias", "best-linear", "svd-distilled")
 SWEPT = tuple(name for name in WAYS if name.startswith("heavy-"))
 
@@ -119,6 +130,10 @@ def rows() -> Iterator[Row]:
             yield from block(encoder, "stsb", "43.1", MAIN, (seed,))
     for encoder in ("mpnet", "minilm"):
         yield from block(encoder, "stsb", "70", MAIN, SEEDS)
+    for budget, ways in (("43.1", GENERAL), ("70", GENERAL[:1])):
+        for encoder in ("mpnet", "minilm"):
+            for way in ways:
+                yield from block(encoder, "stsb", budget, (way,), SEEDS)
     for encoder in ("mpnet", "minilm"):
         for seed in SEEDS:
             yield from block(encoder, "sst2", "dense", DENSE, (seed,))
@@ -154,6 +169,20 @@ def keep_of(model: PreTrainedModel, encoder: str, budget: str) -> float:
     return 1 - share
 
 
+def recipe_for(way: Way, keep: float) -> dict[str, Any]:
+    assert way.recipe is not None
+    return {**way.recipe, "method": {**way.recipe["method"], "keep": keep}}
+
+
+def compression_facts(result: CompressionResult, recipe: dict[str, Any], seconds: float) -> dict[str, Any]:
+    return {
+        "recipe": recipe,
+        "keep_ffn": result.plan.keep,
+        "keep_model": result.report["budget"]["keep_model"],
+        "seconds_compression": round(seconds, 1),
+    }
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much of everything; smaller than the defaults only to try the script out."""
@@ -163,6 +192,7 @@ class Limits:
     calibration: int = CALIBRATION
     evaluate: int | None = None
     precision: str = "float32"
+    general: General = field(default_factory=General)
 
 
 class Bench:
@@ -173,6 +203,8 @@ class Bench:
         self.task_data = lru_cache(maxsize=None)(self._task_data)
         self.encoded = lru_cache(maxsize=4)(self._encoded)
         self.dense = lru_cache(maxsize=8)(self._dense)
+        self.text = lru_cache(maxsize=None)(self._text)
+        self.body = lru_cache(maxsize=1)(self._body)
 
     def _task_data(self, task: str) -> TaskData:
         wanted = task_of(task, COLUMNS.get(task))
@@ -216,32 +248,50 @@ class Bench:
             facts = self._compressed(row, way, dense)
         return {**asdict(row), "name": row.name, **facts, "seconds": round(time.perf_counter() - started, 1)}
 
+    def _text(self, encoder: str) -> TokenWindows:
+        return windows(open_source(str(ENCODERS[encoder][1]())).tokenizer())
+
+    def _body(self, encoder: str, budget: str, way: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The encoder without a task: compressed and distilled on text of no task."""
+        teacher, text = open_source(str(ENCODERS[encoder][1]())).load(torch.float32), self.text(encoder)
+        recipe = recipe_for(WAYS[way], keep_of(teacher, encoder, budget))
+        batches = calibration(text, self.limits.calibration)
+        started = time.perf_counter()
+        result = ffsplit.compress(copy.deepcopy(teacher), recipe=recipe, calibration=batches, device=self.device)
+        fitted = time.perf_counter() - started
+        student = result.model.to(self.device)
+        notes = distil(student, teacher.to(self.device), text, self.limits.general, seed=0)
+        print(f"{encoder} {budget} {way}: {notes['held_out_losses']} in {notes['seconds']} s", flush=True)
+        return student, {**compression_facts(result, recipe, fitted), "general_distillation": notes}
+
     def _compressed(self, row: Row, way: Way, dense: PreTrainedModel) -> dict[str, Any]:
         data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
-        assert way.recipe is not None
-        keep = keep_of(dense, row.encoder, row.budget)
-        recipe = {**way.recipe, "method": {**way.recipe["method"], "keep": keep}}
-        text = calibration_batches(parts["train"], self.limits.calibration)
-        started = time.perf_counter()
-        result = ffsplit.compress(
-            copy.deepcopy(dense).cpu(), recipe=recipe, calibration=text, device=self.device, seed=row.seed
-        )
-        fitted = time.perf_counter() - started
-        model = result.model.to(self.device)
+        if way.general:
+            body, facts = self.body(row.encoder, row.budget, row.way)
+            model = copy.deepcopy(dense)
+            setattr(model, model.base_model_prefix, copy.deepcopy(body))
+        else:
+            recipe = recipe_for(way, keep_of(dense, row.encoder, row.budget))
+            text = calibration_batches(parts["train"], self.limits.calibration)
+            started = time.perf_counter()
+            result = ffsplit.compress(
+                copy.deepcopy(dense).cpu(), recipe=recipe, calibration=text, device=self.device, seed=row.seed
+            )
+            facts = compression_facts(result, recipe, time.perf_counter() - started)
+            model = result.model.to(self.device)
         before = scores(model, data.task, parts["report"])
         return {
-            "recipe": recipe,
-            "keep_ffn": result.plan.keep,
-            "keep_model": result.report["budget"]["keep_model"],
+            **facts,
             "distilled": way.distill,
             "scores_before_training": before,
-            "seconds_compression": round(fitted, 1),
             **self._trained_again(row, model, dense if way.distill else None),
         }
 
     def _trained_again(self, row: Row, model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
         data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
         settings = self.settings(row.encoder, row.task, row.seed)
+        if WAYS[row.way].general:
+            settings = replace(settings, epochs=2 * settings.epochs)
         trained = fine_tune(model, data.task, parts["train"], parts["select"], settings, teacher=teacher)
         return {"training": asdict(trained), "scores": scores(model, data.task, parts["report"])}
 
@@ -254,6 +304,7 @@ def protocol(bench: Bench) -> dict[str, Any]:
             "best": "the epoch that scores best on the part that is selected on",
         },
         "distillation": "0.5 labels + 0.5 outputs of the fine-tuned dense model + 1.0 hidden states of all layers",
+        "distillation without a task": f"{GENERAL}: hidden states of all layers, on text of no task; 2 x the epochs",
         "calibration": f"{bench.limits.calibration} training examples, drawn once",
         "train_limit": TRAIN_LIMIT,
         "weights": "rounded to float16 on the way to the GPU machine" if bench.device.type != "cpu" else "as published",
@@ -272,15 +323,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--calibration", type=int, default=CALIBRATION)
     parser.add_argument("--evaluate", type=int, help="select and report on so many examples (to try the script out)")
+    parser.add_argument("--general-minutes", type=float, default=General.minutes, help="of distillation on plain text")
+    parser.add_argument("--general-steps", type=int, default=General.steps)
     parser.add_argument("--no-check", action="store_true", help="skip the check of the encoders' embeddings")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     device = torch.device(options.device)
-    bench = Bench(
-        device, Limits(options.limit, options.epochs, options.calibration, options.evaluate, options.precision)
-    )
+    general = General(options.general_minutes, options.general_steps)
+    limits = Limits(options.limit, options.epochs, options.calibration, options.evaluate, options.precision, general)
+    bench = Bench(device, limits)
     file = options.folder / f"{options.out}.json"
     document = json.loads(file.read_text()) if file.is_file() else {"benchmark": "glue", "checks": {}, "rows": []}
     document |= {"protocol": protocol(bench), "data": document.get("data", {})}

@@ -13,6 +13,7 @@ float32 and the rest of the model stays so.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -109,22 +110,28 @@ def compressed(peer: Peer, dense: Path, protocol: Protocol) -> PreTrainedModel:
     )
 
 
-def stored(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, float, float]:
-    """The model as it comes back from the peer's file, its FFNs' bits a weight there, and the share that is not 0."""
+def stored(model: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, float, float]:
+    """``dense`` with the FFNs that come back from the peer's file, their bits a weight there, and the share that is
+    not 0.
+
+    The loaded weights go into plain layers: the peer's own would round them again in every forward.
+    """
     remove_dispatch(model)  # it is left split between the device and memory
-    rest = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items() if ".mlp." not in name}
     model.to("cpu", torch.float16).save_pretrained(folder, save_compressed=True)
     packed = "quantization_config" in json.loads((folder / "config.json").read_text())
     how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-    unknown = loaded.load_state_dict(rest, strict=False).unexpected_keys
-    if unknown:
-        raise SystemExit(f"the peer's model has tensors of its own outside the FFNs: {unknown}")
-    weights = [
-        value for name, value in loaded.state_dict().items() if name.endswith("_proj.weight") and ".mlp." in name
-    ]
-    numbers = sum(weight.numel() for weight in weights)
-    return loaded, 8 * ffn_bytes(folder) / numbers, sum(int(weight.count_nonzero()) for weight in weights) / numbers
+    found = {
+        name: value.to("cpu", torch.float32)
+        for name, value in loaded.state_dict().items()
+        if name.endswith("_proj.weight") and ".mlp." in name
+    }
+    wanted = {name for name in dense.state_dict() if name.endswith("_proj.weight") and ".mlp." in name}
+    if found.keys() != wanted:
+        raise SystemExit(f"the peer's file has other FFN weights: {sorted(found.keys() ^ wanted)[:4]}")
+    dense.load_state_dict(found, strict=False)
+    numbers = sum(weight.numel() for weight in found.values())
+    return dense, 8 * ffn_bytes(folder) / numbers, sum(int(w.count_nonzero()) for w in found.values()) / numbers
 
 
 def ffn_bytes(folder: Path) -> int:
@@ -142,7 +149,7 @@ def row_of(peer: Peer, dense: Path, protocol: Protocol, device: str) -> dict[str
     model = compressed(peer, dense, protocol)
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
-        loaded, bits, nonzero = stored(model, Path(folder))
+        loaded, bits, nonzero = stored(model, copy.deepcopy(protocol.dense), Path(folder))
     return {
         "name": peer.name,
         "package": f"llmcompressor {metadata.version('llmcompressor')}",

@@ -40,8 +40,13 @@ KEEP = [
     ("prune by greedy OBS + refit", "prune greedy OBS + refit 0.5"),
     ("prune by greedy OBS + refit, drift repaired (`prune-best`)", "best: prune greedy OBS + refit 0.5, drift"),
     ("allocator over layers (`auto`), drift repaired", "auto: keep 0.5"),
-    ("SparseGPT, 2:4", "llm-compressor sparsegpt 2:4"),
+]
+SPARSE = [
+    ("Wanda, 2:4", "sparsify 2:4 wanda"),
     ("Wanda, 2:4", "llm-compressor wanda 2:4"),
+    ("SparseGPT, 2:4", "sparsify 2:4 sparsegpt"),
+    ("SparseGPT, 2:4", "llm-compressor sparsegpt 2:4"),
+    ("SparseGPT, 2:4 + our refit", "sparsify 2:4 sparsegpt + refit"),
 ]
 BITS = [
     ("RTN, 4-bit codes", "rtn 4"),
@@ -86,7 +91,8 @@ def table() -> str:
         "|---|---|---|---|---|",
         f"| dense | keep 1, 16 bits | {number(dense['wikitext2'])} | {number(dense['c4'])} | 0 |",
     ]
-    for names, budget in ((KEEP, "keep {keep_ffn:.2f}"), (BITS, "{bits_ffn:.2f} bits")):
+    groups = ((KEEP, "keep {keep_ffn:.2f}"), (SPARSE, "2:4, {bits_ffn:.2f} bits"), (BITS, "{bits_ffn:.2f} bits"))
+    for names, budget in groups:
         for title, name in names:
             if name in rows or not name.startswith(PEER):
                 lines.append(line(title, rows[name], budget))

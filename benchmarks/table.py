@@ -99,7 +99,6 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     # Nine attentions of this model have the parameters of three FFNs, which is what 0.9 leaves out.
     ("lookup 0.75", method("lookup", keep=0.75), None),
     ("awq 3", method("quantize", code_bits=3, rounding="awq", refit=False), None),
-    # Not run yet; each takes 10 to 60 s on a GPU.
     ("monarch 0.75", method("monarch", keep=0.75), None),
     ("sparsify 2:4 wanda", method("sparsify", pattern="2:4", score="wanda", refit=False), None),
     ("sparsify 2:4 sparsegpt", method("sparsify", pattern="2:4", refit=False), None),
@@ -114,6 +113,7 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     ("drop attention cosine 3", method("drop-ffns", target="attention", count=3), None),
     ("drop attention cosine 9", method("drop-ffns", target="attention", count=9), None),
     ("drop joint cosine nothing 0.9", method("drop-ffns", target="joint", keep=0.9, replacement="nothing"), None),
+    ("drop joint cosine 6", method("drop-ffns", target="joint", count=6), None),
     ("finercut attention 9", method("finercut", target="attention", count=9), None),
     ("finercut joint 6", method("finercut", target="joint", count=6), None),
     ("ffn-fusion 9", {**method("ffn-fusion", count=9), "fold_norms": True}, None),

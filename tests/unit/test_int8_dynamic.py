@@ -160,5 +160,7 @@ def test_the_accelerator_gives_the_same_integers(tokens: int, rows: int, columns
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (n, columns), generator=generator).to(torch.int8) for n in (tokens, rows))
     assert torch.equal(int8.product(a.to(device), b.to(device)).cpu(), int8.exact_product(a, b))
-    projection, x = stored(rows, columns), random(tokens, columns, seed=1)
+    # Inputs that are their own codes, so that no device's division can round one of them the other way.
+    projection, x = stored(rows, columns), a.float()
+    x[:, 0] = 127
     torch.testing.assert_close(copy.deepcopy(projection).to(device)(x.to(device)).cpu(), projection(x))
