@@ -16,9 +16,8 @@ from ffsplit.budget.scene import Scene
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.methods.registry import MethodConfig, check_keep
+from ffsplit.methods.registry import MethodConfig, check_keep, method_config
 from ffsplit.methods.svd import SVDConfig
-from ffsplit.methods.whitened_svd import WhitenedSVDConfig
 from ffsplit.ops.ranks import allocate_ranks, truncation_spectrum
 
 logger = logging.getLogger(__name__)
@@ -130,4 +129,4 @@ def _keep(shape: FFNShape, rank: int) -> float:
 def _method(keep: float, config: RanksConfig) -> MethodConfig:
     if config.factors == "plain":
         return SVDConfig(keep=keep)
-    return WhitenedSVDConfig(keep=keep, refit=config.refit, ridge=config.ridge)
+    return method_config({"method": "whitened-svd", "keep": keep, "refit": config.refit, "ridge": config.ridge})
