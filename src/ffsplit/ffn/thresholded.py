@@ -130,7 +130,7 @@ class ThresholdedBranches:
         key = tokens, x.dtype
         if key not in self._launches:
             fits = not any(addresses[at] % ALIGNMENT for at in MATRICES)
-            made = ThresholdFFN(tensors, shape, tokens, x.dtype, x.device.index) if fits else None
+            made = ThresholdFFN(tensors, shape, tokens, x.dtype, x.device.index or 0) if fits else None
             self._launches[key] = made if made is not None and made.is_compiled else None
         launch = self._launches[key]
         return None if launch is None else launch(x)

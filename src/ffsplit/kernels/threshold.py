@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -127,8 +127,6 @@ class ThresholdFFN:
         tokens: for exactly how many.
         dtype: of inputs, outputs and all tensors.
         device: index of the GPU.
-        sparse_down: whether ``down`` is multiplied too; if not, calls give the hidden activations
-            ``[tokens, heavy + rest]``.
     """
 
     def __init__(
@@ -138,10 +136,8 @@ class ThresholdFFN:
         tokens: int,
         dtype: torch.dtype,
         device: int,
-        *,
-        sparse_down: bool = True,
     ) -> None:
-        self.shape, self.tokens, self.sparse_down = shape, tokens, sparse_down
+        self.shape, self.tokens = shape, tokens
         half, act = dtype == torch.float16, NAMES.index(shape.act)
         self.inner = nvrtc.launcher("threshold", "inner", (act, shape.gated, half, tokens), device)
         self.outer = nvrtc.launcher("threshold", "outer", (half, tokens), device)
@@ -158,34 +154,41 @@ class ThresholdFFN:
         return self.inner is not None and self.outer is not None
 
     def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
-        """The outputs, or the hidden activations."""
-        assert self.inner is not None
+        """The outputs."""
         assert self.outer is not None
+        shape, space = self.shape, self._space
+        buffer = self._inner(x)
+        arrived = buffer.data_ptr()
+        out = x.new_empty(x.shape)
+        self.outer(
+            (-(-shape.d_model // SLICE), self._shares),
+            THREADS,
+            [arrived + space.hidden, *self._outer_weights, arrived + space.partial, arrived, out.data_ptr()],
+            [shape.heavy, shape.rest, shape.d_model],
+        )
+        return out
+
+    def hidden(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "count neurons"]:
+        """The hidden activations, heavy neurons first, zero for those that are left out."""
+        buffer = self._inner(x)
+        return buffer[self._space.hidden :].view(x.dtype).view(self.tokens, self.shape.neurons)
+
+    def _inner(self, x: Tensor) -> UInt8[Tensor, " size"]:
+        """The workspace, filled by the first launch."""
+        assert self.inner is not None
         shape, space = self.shape, self._space
         flat = x.reshape(-1, shape.d_model).contiguous()
         if flat.data_ptr() % ALIGNMENT:
             flat = flat.clone()
         buffer = flat.new_empty(space.size, dtype=torch.uint8)
-        arrived = buffer.data_ptr()
-        partial, hidden = arrived + space.partial, arrived + space.hidden
-        sizes = [shape.heavy, shape.rest, shape.d_model]
+        start = buffer.data_ptr()
         self.inner(
             (-(-shape.neurons // WARPS), 1),
             THREADS,
-            [flat.data_ptr(), hidden, arrived, *self._inner_weights],
-            [*sizes, int(shape.shared)],
+            [flat.data_ptr(), start + space.hidden, start, *self._inner_weights],
+            [shape.heavy, shape.rest, shape.d_model, int(shape.shared)],
         )
-        if not self.sparse_down:
-            return buffer[space.hidden :].view(x.dtype).view(self.tokens, shape.neurons)
-        out = torch.empty_like(flat)
-        heavy_down, rest_down, bias = self._outer_weights
-        self.outer(
-            (-(-shape.d_model // SLICE), self._shares),
-            THREADS,
-            [hidden, heavy_down, rest_down, bias, partial, arrived, out.data_ptr()],
-            sizes,
-        )
-        return out.view(x.shape)
+        return buffer
 
 
 def _compared_first(tensors: Sequence[Tensor | None], gated: bool) -> list[Tensor | None]:
@@ -217,11 +220,10 @@ def threshold_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence
     for at, down in zip(places, downs, strict=True):
         found[at] = down.t()
     tokens = x.numel() // shape.d_model
-    ffn = ThresholdFFN(found, shape, tokens, x.dtype, x.device.index, sparse_down=sparse)
+    ffn = ThresholdFFN(found, shape, tokens, x.dtype, x.device.index or 0)
     if not ffn.is_compiled:
         raise RuntimeError("the kernels of ffsplit::threshold_ffn cannot be compiled here")
-    out = ffn(x)
-    return out if sparse else _times_down(out, downs, tensors[-1]).view(x.shape)
+    return ffn(x) if sparse else _times_down(ffn.hidden(x), downs, tensors[-1]).view(x.shape)
 
 
 @threshold_ffn.register_fake
