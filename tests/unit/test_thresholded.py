@@ -37,6 +37,12 @@ D_MODEL, NEURONS, HEAVY = 1024, 1100, 40
 needs_vectors = pytest.mark.skipif(not cpu_threshold.AVAILABLE, reason="bags are not summed by vectors on this CPU")
 
 
+@pytest.fixture(autouse=True)
+def small_ones_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is worth it is a matter of time, and these shall take little."""
+    monkeypatch.setattr(cpu_threshold, "SMALLEST", 2**20)
+
+
 def branch(neurons: int, gated: bool, biased: bool, d_model: int = D_MODEL, act: nn.Module | None = None) -> Branch:
     def matrix(rows: int, columns: int) -> Dense:
         return Dense(torch.randn(rows, columns) * columns**-0.5)

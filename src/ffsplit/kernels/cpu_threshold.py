@@ -18,7 +18,7 @@ from ffsplit.kernels import cpu
 
 MOST_CHOSEN = 2 / 3
 """Share of the rows above which reading all of them is faster: chosen ones are not fetched ahead."""
-SMALLEST = 2**20
+SMALLEST = 2**22
 """Weights of a matrix below which starting these kernels takes as long as they save."""
 AVAILABLE = cpu.VECTORS in ("AVX2", "AVX512")
 """Elsewhere torch sums bags without vector instructions."""
