@@ -88,6 +88,7 @@ def check(shapes: Sequence[FFNShape], config: RanksConfig) -> None:
     as_sum="one low-rank branch of all neurons, of a rank of its own in every FFN",
     config=RanksConfig,
     check=check,
+    status="experimental",
 )
 def ranks(scene: Scene, config: RanksConfig) -> Decision:
     """Spectra of the dense model's (whitened) matrices, then the rank that saves the most for each parameter first."""
