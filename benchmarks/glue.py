@@ -16,7 +16,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ class Way:
     recipe: dict[str, Any] | None
     distill: bool = False
     again: bool = False
-    # Compressed before the task is seen and distilled on text of no task, then fine-tuned once, as long as the others'
-    # two fine-tunings take together.
+    # Compressed before the task is seen and distilled on text of no task, then fine-tuned once.
     general: bool = False
 
 
@@ -290,8 +289,6 @@ class Bench:
     def _trained_again(self, row: Row, model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
         data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
         settings = self.settings(row.encoder, row.task, row.seed)
-        if WAYS[row.way].general:
-            settings = replace(settings, epochs=2 * settings.epochs)
         trained = fine_tune(model, data.task, parts["train"], parts["select"], settings, teacher=teacher)
         return {"training": asdict(trained), "scores": scores(model, data.task, parts["report"])}
 
@@ -304,7 +301,7 @@ def protocol(bench: Bench) -> dict[str, Any]:
             "best": "the epoch that scores best on the part that is selected on",
         },
         "distillation": "0.5 labels + 0.5 outputs of the fine-tuned dense model + 1.0 hidden states of all layers",
-        "distillation without a task": f"{GENERAL}: hidden states of all layers, on text of no task; 2 x the epochs",
+        "distillation without a task": f"{GENERAL}: hidden states of all layers, on text of no task; fine-tuned once",
         "calibration": f"{bench.limits.calibration} training examples, drawn once",
         "train_limit": TRAIN_LIMIT,
         "weights": "rounded to float16 on the way to the GPU machine" if bench.device.type != "cpu" else "as published",
