@@ -50,8 +50,8 @@ class DenseFFN:
     def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         """The outputs.
 
-        Gate and up are products of their own although they lie in one matrix: the halves of one product are strided, and
-        what the activation loses on them is more than a launch costs.
+        Gate and up are products of their own although they lie in one matrix: the halves of one product are strided,
+        and what the activation loses on them is more than a launch costs.
         """
         up = functional.linear(x, self.inner[: self.d_ff], self.up_bias)
         act = ACTIVATIONS[self.act]
