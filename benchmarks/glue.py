@@ -252,7 +252,8 @@ class Bench:
 
     def _body(self, encoder: str, budget: str, way: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The encoder without a task: compressed and distilled on text of no task."""
-        teacher, text = open_source(str(ENCODERS[encoder][1]())).load(torch.float32), self.text(encoder)
+        # Some checkpoints load with a head on: only the encoder goes into the classifier.
+        teacher, text = open_source(str(ENCODERS[encoder][1]())).load(torch.float32).base_model, self.text(encoder)
         recipe = recipe_for(WAYS[way], keep_of(teacher, encoder, budget))
         batches = calibration(text, self.limits.calibration)
         started = time.perf_counter()
