@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ffsplit.errors import FFSplitError, ResumeError
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.recipe import load_recipe
+from ffsplit.recover.weights import as_sums, sums_of
 from ffsplit.tasks.classifier import load_classifier
 from ffsplit.tasks.encode import encode
 from ffsplit.tasks.examples import TaskData, read_task
@@ -23,6 +25,8 @@ from ffsplit.tasks.parts import find_parts
 from ffsplit.tasks.run import GlueJob, claim, run_glue
 from ffsplit.tasks.task import task_of
 from ffsplit.train.loop import Hooks
+from ffsplit.train.movement import Movement
+from ffsplit.train.state import Standing
 from tests.unit.cli_fixtures import Call, cli, saved  # noqa: F401 - a fixture
 from tests.unit.evaluate_helpers import byte_tokenizer, tiny_bert
 
@@ -252,3 +256,37 @@ def test_a_damaged_record_is_named(folder: Path, encoder: Path, tmp_path: Path) 
     (tmp_path / "ffsplit_glue.json").write_text('{"model": ')
     with pytest.raises(ResumeError, match="damaged"):
         run_glue(job(folder, encoder, tmp_path))
+
+
+def test_masks_are_learned_while_a_classifier_is_fine_tuned(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    data = data_of(folder)
+    parts = {name: encode(getattr(data, name), byte_tokenizer(), 16) for name in ("train", "select")}
+    teacher = load_classifier(open_source(str(encoder)), data, 0)
+    fine_tune(teacher, data.task, parts["train"], parts["select"], TUNE)
+
+    class Killed(Exception):
+        pass
+
+    def die(_label: str, done: int, _total: int) -> None:
+        if done == 17:
+            raise Killed
+
+    def masked(**hooks: object) -> tuple[PreTrainedModel, Standing]:
+        model = copy.deepcopy(teacher)
+        standing = fine_tune(
+            model, data.task, parts["train"], parts["select"], TUNE, teacher=teacher,
+            hooks=Hooks(**hooks), movement=Movement(0.5),  # type: ignore[arg-type]
+        )  # fmt: skip
+        return model, standing
+
+    model, standing = masked()
+    widths = [module.spec.neurons for module in sums_of(model).values()]
+    assert sum(widths) == pytest.approx(sum(module.spec.neurons for module in as_sums(teacher).values()) / 2, abs=2)
+    assert scores(model, data.task, parts["select"])["accuracy"] == pytest.approx(standing.best, abs=1e-3)
+    assert standing.best_step > 21
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ffsplit.tasks.finetune.SAVE_SECONDS", 0.0)
+        with pytest.raises(Killed):
+            masked(state=tmp_path / "state", progress=die)
+    again, _ = masked(state=tmp_path / "state")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

@@ -19,6 +19,7 @@ from ffsplit.families import find_ffns, read
 from ffsplit.ffn.projections import NM, Masked, Packed, Tied
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.pipeline.recover import recovery_of
+from ffsplit.recover.codes import TrainedCodes
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
 from ffsplit.recover.guide import guided
@@ -279,6 +280,71 @@ def test_scales_of_packed_matrices_are_trained_and_codes_are_not(scale_bits: int
     assert stored == pytest.approx(notes["held_out_loss"], rel=0.02)
     with pytest.raises(RecipeError, match="nothing can be trained"):
         recovered(frozen, dense, low_bit="frozen")
+
+
+CODED = {
+    "2-bit": {"code_bits": 2, "group": 16},
+    "3-bit, a short last group, 8-bit scales": {"code_bits": 3, "group": 24, "scale_bits": 8},
+    "symmetric": {"code_bits": 4, "group": 32, "symmetric": True},
+    "input scales": {"code_bits": 3, "group": 16, "rounding": "awq"},
+    "outlier columns": {"code_bits": 2, "group": 16, "outliers": 0.1},
+    "outlier weights": {"code_bits": 2, "group": 16, "outlier_weights": 0.02},
+}
+
+
+@pytest.mark.parametrize("fields", CODED.values(), ids=CODED)
+def test_codes_are_trained_and_stored_as_the_training_saw_them(fields: dict[str, Any]) -> None:
+    dense = strong("llama")
+    method = {"method": "quantize", "rounding": "rtn", "refit": False, **fields}
+    student = compressed(dense, {"method": method})
+    codes = [module.codes.clone() for module in _modules(student, Packed)]
+    specs = [module.spec for module in _modules(student, SumFFN)]
+    text = recovery_text(student, WINDOWS, settings(), None)
+    sample = text.batch(0).inputs
+    before = student(**sample).logits
+    with prepared(student, settings(low_bit="codes")) as chosen:
+        assert torch.equal(student(**sample).logits, before)  # nothing was rounded anew
+        assert any(name.endswith(".weight") for name in chosen)
+        loss = Distillation(student, dense, settings(), text.batch(0))
+        optimizer = torch.optim.AdamW(chosen.values(), lr=1e-2)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss(text.batch(step)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        matrices = [module.dense().detach() for module in _modules(student, TrainedCodes)]
+        wanted = student(**sample).logits
+    packed = _modules(student, Packed)
+    assert len(matrices) == len(packed) == len(codes)
+    for matrix, module in zip(matrices, packed, strict=True):
+        assert torch.equal(module.dense(), matrix)
+    assert torch.equal(student(**sample).logits, wanted)
+    assert any(not torch.equal(was, module.codes) for was, module in zip(codes, packed, strict=True))
+    assert [module.spec for module in _modules(student, SumFFN)] == specs
+
+
+def test_trained_codes_beat_trained_scales_and_are_stored_exactly() -> None:
+    dense = strong("llama")
+    method = {"method": "quantize", "code_bits": 2, "rounding": "rtn", "refit": False, "group": 16}
+    start = compressed(dense, {"method": method})
+    windows = TokenWindows.from_ids(torch.randint(5, 100, (160, 16), generator=torch.Generator().manual_seed(0)))
+    losses = {}
+    for low_bit in ("scales", "codes"):
+        student, config = copy.deepcopy(start), settings(low_bit=low_bit, batch_size=8, steps=40, evaluations=4)
+        losses[low_bit] = recover_model(student, dense, windows, config, device=CPU)["stages"][0]["held_out_loss"]
+    text = recovery_text(student, windows, config, None)
+    loss = Distillation(student, dense, config, text.batch(0))
+    with torch.no_grad():
+        stored = float(torch.stack([loss(sample) for sample in text.held_out_batches()]).mean())
+    assert stored == pytest.approx(losses["codes"], rel=1e-5)
+    assert losses["codes"] < 0.95 * losses["scales"]
+
+
+@pytest.mark.parametrize("low_bit", ["scales", "codes"])
+def test_every_packed_ffn_learns_from_its_original(low_bit: str) -> None:
+    dense = strong("llama")
+    student = compressed(dense, PACKED)
+    notes = recovered(student, dense, stages="blocks", low_bit=low_bit, steps=20, lr=2e-3)
+    assert all(layer["held_out_loss"] < layer["held_out_loss_before"] for layer in notes["layers"])
 
 
 def test_tied_projections_stay_tied() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.unit.cli_fixtures import Call
@@ -44,6 +45,11 @@ def test_a_checkpoint_is_recovered(
         (("--teacher", "/no/such/model"), "no such file or folder"),
         (("--data", "/no/such/text.txt"), "no such file or folder"),
         (("--lr", "7"), "lr"),
+        (("--stage", "masks"), "needs keep"),
+        (("--keep", "0.3"), "needs keep"),
+        (("--stage", "masks", "--keep", "0.9"), "more than the FFNs have left"),
+        (("--stage", "masks", "--keep", "0.3", "--steps", "2"), "too few"),
+        (("--low-bit", "codes", "--lora", "2"), "choose one"),
         (("--lora", "4", "--train", "all"), "choose one"),
         (("--seq-len", "100000"), "seq_len"),
     ],
@@ -54,10 +60,48 @@ def test_bad_input_is_refused(options: tuple[str, ...], message: str, pruned: Pa
     assert message in done.err
 
 
+@pytest.mark.parametrize("kind", ["llama", "pruned"])
+@pytest.mark.parametrize("scope", ["model", "ffn"])
+def test_masks_make_a_model_narrower(
+    kind: str, scope: str, llama: Path, text: Path, cli: Call, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    out = tmp_path / "out"
+    options = ("--stage", "masks,refit", "--keep", "0.4", "--scope", scope, *FAST, "--steps", "6")
+    teacher = ("--teacher", llama) if kind == "pruned" else ()
+    done = cli("recover", folder, *teacher, "--data", text, "--out", out, *options)
+    assert done.code == 0, done.err
+    assert "FFN parameters kept" in done.out
+    report = json.loads((out / "ffsplit_report.json").read_text())
+    assert 0.38 < report["budget"]["keep_ffn"] <= 0.4
+    small, dense = load_file(out / "model.safetensors"), load_file(llama / "model.safetensors")
+    sizes = [sum(tensor.numel() for tensor in tensors.values()) for tensors in (small, dense)]
+    assert report["budget"]["keep_model"] == pytest.approx(sizes[0] / sizes[1])
+    config = json.loads((out / "config.json").read_text())
+    assert ("quantization_config" in config) == (len(set(report["recovery"]["stages"][0]["widths"].values())) > 1)
+    if scope == "ffn":
+        assert config["intermediate_size"] == 25
+    again = cli("recover", out, "--teacher", llama, "--data", text, "--out", tmp_path / "twice", *FAST)
+    assert again.code == 0, again.err
+
+
 def test_a_plain_model_is_refused(llama: Path, cli: Call, untouched: Path) -> None:
     done = cli("recover", llama, "--teacher", llama, "--out", untouched, "--device", "cpu")
     assert done.code == 2
     assert "ffsplit_plan.json" in done.err
+
+
+def test_masks_on_low_bit_ffns_and_with_a_strange_teacher_are_refused(
+    compressed: Path, llama: Path, bert: Path, cli: Call, untouched: Path
+) -> None:
+    for folder, teacher, message in (
+        (compressed, llama, "dense or pruned FFNs alone"),
+        (llama, bert, "its own teacher"),
+    ):
+        options = ("--stage", "masks", "--keep", "0.3", "--out", untouched, "--device", "cpu")
+        done = cli("recover", folder, "--teacher", teacher, *options)
+        assert done.code == 2
+        assert message in done.err
 
 
 def test_a_compressed_teacher_is_refused(compressed: Path, cli: Call, untouched: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from ffsplit.cli import checks, loading, options
 from ffsplit.cli.console import print_json, quiet, say
 from ffsplit.cli.progress import reporting
-from ffsplit.cli.report import loading_lines, show_recovery
+from ffsplit.cli.report import budget_facts, loading_lines, show_recovery
 from ffsplit.cli.resuming import resumable
 from ffsplit.cli.tables import line, show_facts, size
 
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from ffsplit.pipeline.result import CompressionResult
     from ffsplit.recover.config import Recovery
 
-Compressed = Annotated[str, typer.Argument(help="A checkpoint that ffsplit wrote.", metavar="DIR", show_default=False)]
+Compressed = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint that ffsplit wrote; a dense model if the first stage is masks.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Directory to write.", show_default="DIR-recovered")]
 Teacher = Annotated[
     str | None, typer.Option("--teacher", help="The dense model.", metavar="DENSE", show_default="the text alone")
@@ -31,14 +38,21 @@ Text = Annotated[
     str | None, typer.Option("--data", help="Text to train on.", metavar="SOURCE", show_default="that of the fit")
 ]
 Stages = Annotated[
-    str | None, typer.Option("--stage", help="One or more of refit, blocks, model, in order.", metavar="A,B,...")
+    str | None, typer.Option("--stage", help="One or more of refit, blocks, masks, model, in order.", metavar="A,B,...")
+]
+Keep = Annotated[float | None, typer.Option("--keep", help="Stage masks: share of the dense FFN parameters that stay.")]
+Scope = Annotated[
+    str | None,
+    typer.Option("--scope", help="Stage masks: neurons compete in the model or in each ffn.", show_default="model"),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="1000")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="Stop the stage model after so long.")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 Train = Annotated[str | None, typer.Option("--train", help="What: ffn or all.", show_default="ffn")]
 Lora = Annotated[int | None, typer.Option("--lora", help="Train adapters of this rank, merged at the end.")]
-LowBit = Annotated[str | None, typer.Option("--low-bit", help="Packed codes: scales or frozen.", show_default="scales")]
+LowBit = Annotated[
+    str | None, typer.Option("--low-bit", help="Packed matrices: scales, codes or frozen.", show_default="scales")
+]
 Accumulate = Annotated[int | None, typer.Option("--accumulate", help="Forward passes per step.", show_default="1")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Of both models' logits.", show_default="1")]
 Guided = Annotated[
@@ -62,6 +76,8 @@ def recover(
     data: Text = None,
     out: Out = None,
     stage: Stages = None,
+    keep: Keep = None,
+    scope: Scope = None,
     steps: Steps = None,
     minutes: Minutes = None,
     lr: Rate = None,
@@ -86,12 +102,13 @@ def recover(
     no_verify: NoVerify = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a compressed checkpoint towards its dense model; its structure and size stay.
+    """Train a compressed checkpoint towards its dense model; its structure and size stay, but for the stage masks.
 
     A killed run goes on where it stopped when the same command is repeated.
     """
     asked = {
-        "stages": stage, "source": data, "field": field, "samples": samples, "seq_len": seq_len, "steps": steps,
+        "stages": stage, "keep": keep, "scope": scope,
+        "source": data, "field": field, "samples": samples, "seq_len": seq_len, "steps": steps,
         "batch_size": batch_size, "accumulate": accumulate, "minutes": minutes, "lr": lr, "train": train, "lora": lora,
         "low_bit": low_bit, "temperature": temperature, "guide": guide,
         "hidden": hidden, "labels": labels, "prefix": prefix,
@@ -154,6 +171,8 @@ def _document(result: CompressionResult, saved: SavedCheckpoint) -> dict[str, An
 
 def _show(result: CompressionResult, saved: SavedCheckpoint) -> None:
     show_recovery(result.report["recovery"])
+    if any("widths" in stage for stage in result.report["recovery"]["stages"]):
+        show_facts("Budget", budget_facts(result.report["budget"]))
     show_facts("Checkpoint", [("directory", str(saved.directory)), ("size", size(saved.bytes))])
     for text in loading_lines(result, saved):
         line(f"  {text}")

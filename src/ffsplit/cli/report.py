@@ -31,7 +31,7 @@ def show_compression(result: CompressionResult, saved: SavedCheckpoint) -> None:
     """The same for people."""
     report = result.report
     show_facts("Coverage", _coverage(report["coverage"]))
-    show_facts("Budget", _budget(report["budget"]))
+    show_facts("Budget", budget_facts(report["budget"]))
     if gone := report.get("attention"):
         show_facts("Attention, which budgets do not count", _attention(gone))
     if allocation := report.get("decision", {}).get("allocation"):
@@ -95,7 +95,8 @@ def _coverage(coverage: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "not covered", note
 
 
-def _budget(budget: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def budget_facts(budget: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is left of a model."""
     yield "FFN parameters kept", percent(budget["keep_ffn"])
     yield "of linear layers", percent(budget["keep_linear"])
     yield "of the model", percent(budget["keep_model"])

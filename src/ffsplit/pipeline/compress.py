@@ -44,8 +44,9 @@ from ffsplit.pipeline.plan import make_plan
 from ffsplit.pipeline.recipe import DEFAULT_DOCUMENTS, Recipe, load_recipe
 from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import hash_model
-from ffsplit.recover.run import check_possible, recover_model
+from ffsplit.recover.run import check_masks, check_possible, recover_model
 from ffsplit.recover.text import recovery_windows
+from ffsplit.recover.weights import sums_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -137,9 +138,10 @@ def compress(
         job = prepare(model, tokenizer, resolved, source, where, progress)
         seconds = _timed_run(job, journal, cache_dir, measured)
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
-    report = make_report(job, seconds)
-    if retrain is not None:
-        report["recovery"] = retrain()
+    notes = None if retrain is None else retrain(dense=job.plan.dense_parameters)
+    if notes is not None:
+        job.plan = job.plan.with_specs({name: module.spec for name, module in sums_of(model).items()})
+    report = make_report(job, seconds) | ({} if notes is None else {"recovery": notes})
     return CompressionResult(model, job.plan, resolved, report, tokenizer)
 
 
@@ -151,7 +153,7 @@ def _recovery(
     device: torch.device,
     journal: str | Path | None,
     progress: Progress | None,
-) -> Callable[[], dict[str, Any]] | None:
+) -> Callable[..., dict[str, Any]] | None:
     """What trains the model once it is compressed, its text tried and the dense model kept; None if none is wanted."""
     if recipe.recovery is None:
         return None
@@ -276,6 +278,8 @@ def prepare(
     job.attention = attention
     if recipe.planner is None:
         job.settle(recipe.methods_for(len(shapes)))
+        if recipe.recovery is not None:
+            check_masks(recipe.recovery, {ffn.name: ffn.spec for ffn in job.plan.ffns}, job.plan.dense_parameters)
     if recipe.fold_norms:
         # After the hash, which is that of the model as it came.
         job.folds = fold(model)

@@ -119,10 +119,6 @@ class Job:
 def make_report(job: Job, seconds: float) -> dict[str, Any]:
     """The figures of a run, as plain values."""
     coverage = job.found.coverage
-    linear = job.linear_parameters
-    dense = sum(ffn.dense_shape.parameters for ffn in job.plan.ffns)
-    kept = sum(ffn.spec.parameters for ffn in job.plan.ffns)
-    model, gone = coverage.model_parameters, job.plan.attention
     return {
         "coverage": {
             "ffns": len(job.found.sites),
@@ -130,13 +126,8 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
             "ffn_share_of_model": coverage.ffn_share_of_model,
             "uncovered_notes": list(coverage.notes),
         },
-        "budget": {
-            "keep_ffn": kept / dense,
-            "keep_linear": (linear - dense + kept - sum(one.linear_parameters for one in gone)) / linear,
-            "keep_model": (model - dense + kept - sum(one.parameters for one in gone)) / model,
-            "bits_ffn": job.plan.bits,
-        },
-        **({"attention": _attention(job)} if gone else {}),
+        "budget": budget_of(job.plan, job.linear_parameters, coverage.model_parameters),
+        **({"attention": _attention(job)} if job.plan.attention else {}),
         "calibration": job.data.describe(),
         **({"decision": job.decision} if job.decision else {}),
         "layers": job.notes,
@@ -144,6 +135,23 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "provenance": provenance(seed=job.recipe.seed, data={"calibration": job.data.sha256})
         | {"model_sha256": job.model_sha256},
+    }
+
+
+def budget_of(plan: Plan, linear: int, model: int) -> dict[str, float]:
+    """What a plan leaves, as shares.
+
+    Args:
+        plan: of every FFN.
+        linear: parameters of all linear layers of the dense model but its output head.
+        model: parameters of the dense model.
+    """
+    dense, kept, gone = plan.dense_parameters, plan.parameters, plan.attention
+    return {
+        "keep_ffn": kept / dense,
+        "keep_linear": (linear - dense + kept - sum(one.linear_parameters for one in gone)) / linear,
+        "keep_model": (model - dense + kept - sum(one.parameters for one in gone)) / model,
+        "bits_ffn": plan.bits,
     }
 
 

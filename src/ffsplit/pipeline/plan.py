@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
@@ -76,14 +76,29 @@ class Plan(BaseModel):
     attention: tuple[PlannedAttention, ...] = ()
 
     @property
+    def dense_parameters(self) -> int:
+        """Of the FFNs of the dense model."""
+        return sum(ffn.dense_shape.parameters for ffn in self.ffns)
+
+    @property
+    def parameters(self) -> int:
+        """Of the FFNs as planned (numbers stored, whatever their bits)."""
+        return sum(ffn.spec.parameters for ffn in self.ffns)
+
+    @property
     def keep(self) -> float:
         """Share of the FFN parameters that stay (numbers stored, whatever their bits)."""
-        return sum(ffn.spec.parameters for ffn in self.ffns) / sum(ffn.dense_shape.parameters for ffn in self.ffns)
+        return self.parameters / self.dense_parameters
 
     @property
     def bits(self) -> float:
         """Average stored bits per dense FFN weight, scales, zeros and biases counted, floats at 16 bits."""
         return sum(ffn.spec.stored_bits() for ffn in self.ffns) / sum(ffn.dense_shape.weights for ffn in self.ffns)
+
+    def with_specs(self, specs: Mapping[str, SumSpec]) -> Plan:
+        """The plan with other structures of some FFNs, by name: those that training has left."""
+        ffns = tuple(ffn.model_copy(update={"spec": specs.get(ffn.name, ffn.spec)}) for ffn in self.ffns)
+        return self.model_copy(update={"ffns": ffns})
 
 
 def make_plan(

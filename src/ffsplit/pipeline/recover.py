@@ -16,14 +16,15 @@ from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import CheckpointError, RecipeError
 from ffsplit.families import find_ffns
 from ffsplit.methods.registry import explain
-from ffsplit.pipeline.compress import Progress, default_device, refuse_compressed
+from ffsplit.pipeline.compress import Progress, compress, default_device, refuse_compressed
+from ffsplit.pipeline.job import budget_of, linear_parameters
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.plan import Plan
 from ffsplit.pipeline.recipe import Recipe, load_recipe
 from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE, CompressionResult
 from ffsplit.provenance import provenance
 from ffsplit.recover.config import Recovery
-from ffsplit.recover.run import check_possible, recover_model
+from ffsplit.recover.run import check_masks, check_possible, recover_model
 from ffsplit.recover.text import recovery_windows
 from ffsplit.recover.weights import sums_of
 
@@ -43,8 +44,11 @@ def recover(
 ) -> CompressionResult:
     """Train a compressed checkpoint to be closer to its dense model. Structure and storages stay what they are.
 
+    The stage ``masks`` alone makes FFNs narrower, those of a dense model too.
+
     Args:
-        directory: that :func:`ffsplit.save` wrote.
+        directory: that :func:`ffsplit.save` wrote; if the first stage is ``masks``, a dense model will do: hub id,
+            folder or GGUF file. It is then its own teacher.
         teacher: the dense model: hub id, folder, GGUF file or a loaded one. None trains a language model on the text
             alone.
         data: text; None takes the recovery's, or the text that the checkpoint was calibrated on.
@@ -63,6 +67,8 @@ def recover(
     """
     folder = Path(directory)
     settings = recovery_of(recovery)
+    if settings.stages[0] == "masks" and not (folder / PLAN_FILE).is_file():
+        return _from_dense(str(directory), teacher, data, settings, device, dtype, journal, progress)
     check_possible(settings, teacher is not None)
     plan, recipe, report = stored_result(folder)
     check_possible(settings, teacher is not None, unlike=recipe.unlike_dense)
@@ -75,6 +81,8 @@ def recover(
     settings, data = _with_text(settings, data, recipe)
     windows = recovery_windows(model, tokenizer, settings, data, recipe.calibration.source)
     plan = located(plan, model)
+    check_masks(settings, {ffn.name: ffn.spec for ffn in plan.ffns}, plan.dense_parameters)
+    sizes = _dense_sizes(model, plan)
     dense = teacher if dense_source is None else dense_source.load(dtype)
     notes = recover_model(
         model,
@@ -85,10 +93,55 @@ def recover(
         device=torch.device(device) if device is not None else default_device(),
         folder=None if journal is None else Path(journal),
         progress=progress,
+        dense=plan.dense_parameters,
     )
     made = provenance(seed=settings.seed, data={"recovery": windows.sha256})
     report = {**report, "recovery": {**notes, "provenance": made}}
+    if "masks" in settings.stages:
+        plan = plan.with_specs({name: module.spec for name, module in sums_of(model).items()})
+        report["budget"] = budget_of(plan, *sizes)
     return CompressionResult(model, plan, recipe.model_copy(update={"recovery": settings}), report, tokenizer)
+
+
+def _from_dense(
+    name: str,
+    teacher: str | Path | PreTrainedModel | None,
+    data: TextInput | None,
+    settings: Recovery,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    journal: str | Path | None,
+    progress: Progress | None,
+) -> CompressionResult:
+    """Start from all neurons of a dense model: pruning that keeps them all, and this recovery after it.
+
+    Raises:
+        RecipeError: the teacher is another model.
+    """
+    if teacher is not None and str(teacher) != name:
+        raise RecipeError(f"{name} is a dense model, which is its own teacher here: leave the teacher out")
+    start = {"method": "prune", "keep": 1.0, "score": "magnitude", "refit": False}
+    return compress(
+        name,
+        recipe={"method": start, "recovery": settings.model_dump(exclude_unset=True), "seed": settings.seed},
+        calibration=data if data is not None else settings.source,  # type: ignore[arg-type]
+        field=settings.field,
+        samples=1,  # nothing is fitted
+        seq_len=settings.seq_len if "seq_len" in settings.model_fields_set else None,
+        device=device,
+        dtype=dtype,
+        journal=journal,
+        progress=progress,
+    )
+
+
+def _dense_sizes(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
+    """Parameters of all linear layers of the dense model but its output head, and of all of it; of dense branches."""
+    inside = sum(module.spec.parameters for module in sums_of(model).values())
+    removed, gone = plan.dense_parameters - plan.parameters, plan.attention
+    linear = linear_parameters(model) + inside + removed + sum(one.linear_parameters for one in gone)
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    return linear, stored + removed + sum(one.parameters for one in gone)
 
 
 def _with_text(settings: Recovery, data: TextInput | None, recipe: Recipe) -> tuple[Recovery, TextInput | None]:

@@ -57,8 +57,8 @@ def distil_layer(
 
 
 def _trainable(layer: Layer, config: Recovery) -> bool:
-    scales = config.low_bit == "scales" and any(isinstance(module, Packed) for module in layer.module.modules())
-    return scales or bool(branch_parameters(layer.module))
+    packed = config.low_bit != "frozen" and any(isinstance(module, Packed) for module in layer.module.modules())
+    return packed or bool(branch_parameters(layer.module))
 
 
 def _batch_of(layer: Layer, config: Recovery) -> Callable[[int], Tensor]:

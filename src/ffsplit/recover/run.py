@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import RecipeError
+from ffsplit.ffn.spec import SumSpec
 from ffsplit.provenance import hash_model
 from ffsplit.recover.blocks import distil_layer
 from ffsplit.recover.config import Recovery, Stage
@@ -20,9 +23,11 @@ from ffsplit.recover.lora import require_peft
 from ffsplit.recover.refit import refit_layer
 from ffsplit.recover.store import Store
 from ffsplit.recover.text import Text, recovery_text
-from ffsplit.recover.weights import as_sums, same_structure
+from ffsplit.recover.weights import as_sums, same_structure, sums_of
 from ffsplit.recover.whole import distil_model, precision_of
 from ffsplit.recover.workers import Workers, workers
+from ffsplit.train.masked import keep_neurons
+from ffsplit.train.movement import budgets_for
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,6 +44,7 @@ class Scene:
         store: where finished and half-finished work is kept; None keeps nothing.
         group: the processes that train together.
         progress: called with (what, done, total).
+        dense: FFN parameters of the dense model; None: those that the student came with.
     """
 
     student: PreTrainedModel
@@ -48,6 +54,7 @@ class Scene:
     store: Store | None
     group: Workers
     progress: Progress | None
+    dense: int | None
 
 
 def recover_model(
@@ -60,8 +67,11 @@ def recover_model(
     device: torch.device,
     folder: Path | None = None,
     progress: Progress | None = None,
+    dense: int | None = None,
 ) -> dict[str, Any]:
     """Recover a compressed model in place: same structure, same storages, better numbers.
+
+    The stage ``masks`` alone changes the structure: it leaves narrower FFNs.
 
     Args:
         student: its FFNs are sums, or plain and narrower than the teacher's.
@@ -72,6 +82,7 @@ def recover_model(
         device: to train on; both models go there, and home again.
         folder: where a killed run finds its work; None keeps none.
         progress: called with (what, done, total).
+        dense: FFN parameters that the stage ``masks`` keeps a share of; None: those that the student has.
 
     Returns:
         notes of every stage, as plain values.
@@ -79,13 +90,14 @@ def recover_model(
     Raises:
         RecipeError: nothing can be trained, or a stage needs a teacher.
         DataError: too little text.
-        ModelError: a loss is not finite, or the models do not fit together.
+        ModelError: a loss is not finite, the models do not fit together, or FFNs are not dense where masks are wanted.
+        BudgetError: the stage ``masks`` cannot meet its budget.
         ResumeError: the folder holds another run.
     """
     check_possible(config, teacher is not None)
     group = workers(device)
     device = group.device or device
-    as_sums(student)
+    check_masks(config, {name: module.spec for name, module in as_sums(student).items()}, dense)
     mask_id = None if tokenizer is None else getattr(tokenizer, "mask_token_id", None)
     special = () if tokenizer is None else tuple(tokenizer.all_special_ids)
     text = recovery_text(student, windows, config, mask_id, special, (group.rank, group.count))
@@ -95,17 +107,16 @@ def recover_model(
     }
     store = None if folder is None else Store(folder, parts, group.first)
     homes = [next(model.parameters()).device for model in (student, teacher) if model is not None]
-    scene = Scene(student, teacher, text, config, store, group, progress)
-    with same_structure(student):
-        try:
-            for model in (student, teacher):
-                if model is not None:
-                    model.to(device)
-            notes = [_stage(scene, stage) for stage in config.stages]
-        finally:
-            for model, home in zip((student, teacher), homes, strict=False):
-                if model is not None:
-                    model.to(home)
+    scene = Scene(student, teacher, text, config, store, group, progress, dense)
+    try:
+        for model in (student, teacher):
+            if model is not None:
+                model.to(device)
+        notes = [_stage(scene, stage) for stage in config.stages]
+    finally:
+        for model, home in zip((student, teacher), homes, strict=False):
+            if model is not None:
+                model.to(home)
     return {"recipe": config.model_dump(mode="json"), "text": _text_record(windows), "stages": notes}
 
 
@@ -120,14 +131,14 @@ def check_possible(config: Recovery, has_teacher: bool, *, unlike: str | None = 
     Raises:
         RecipeError: a stage needs a dense model and there is none, or FFNs to compare one by one; a library is missing.
     """
-    needy = [stage for stage in config.stages if stage != "model"]
+    needy = [stage for stage in config.stages if stage in ("refit", "blocks")]
     if needy and not has_teacher:
         raise RecipeError(f"stage {needy[0]} compares every FFN with its dense original: give the teacher")
     if unlike is not None and (needy or config.guide):
         what = f"stage {needy[0]}" if needy else "guide"
         raise RecipeError(
             f"{what} puts every FFN beside the one at its place in the dense model, but {unlike}: use the "
-            "stage model alone, without guide"
+            "stages model and masks alone, without guide"
         )
     if config.guide and not has_teacher:
         raise RecipeError("guide mixes in the dense model's FFNs: give the teacher")
@@ -135,19 +146,45 @@ def check_possible(config: Recovery, has_teacher: bool, *, unlike: str | None = 
         require_peft()
 
 
+def check_masks(config: Recovery, specs: Mapping[str, SumSpec], dense: int | None) -> None:
+    """Refuse masks that could not be learned or carried out, if the stage ``masks`` is wanted.
+
+    Args:
+        config: stages and settings.
+        specs: of the FFNs that the recovery starts with.
+        dense: FFN parameters that stay in part; None: those of the specs.
+
+    Raises:
+        ModelError: an FFN is not dense.
+        BudgetError: the budget leaves an FFN no neuron, or is above what there is.
+        RecipeError: there are too few steps.
+    """
+    if "masks" in config.stages:
+        config.movement.window(config.steps)
+        budgets_for(specs, config.movement, dense)
+
+
 def _stage(scene: Scene, stage: Stage) -> dict[str, Any]:
     """One stage, or what it left when it was finished in an earlier run."""
-    store = scene.store
-    if store is not None and (notes := store.finished(stage, scene.student)) is not None:
+    store, masks = scene.store, stage == "masks"
+    shape = functools.partial(_narrow, scene.student) if masks else None
+    if store is not None and (notes := store.finished(stage, scene.student, shape)) is not None:
         return notes
-    notes = _STAGES[stage](scene)
+    with nullcontext() if masks else same_structure(scene.student):
+        notes = _STAGES[stage](scene)
     scene.group.wait()
     if store is not None:
         store.finish(stage, scene.student, notes)
     return notes
 
 
-def _whole(scene: Scene) -> dict[str, Any]:
+def _narrow(student: PreTrainedModel, notes: dict[str, Any]) -> None:
+    """Give the FFNs the widths that the notes of the stage ``masks`` tell of; which neurons is of no matter."""
+    for name, module in sums_of(student).items():
+        keep_neurons(module, torch.arange(notes["widths"][name], device=student.device))
+
+
+def _whole(scene: Scene, stage: Stage = "model") -> dict[str, Any]:
     store = scene.store
     return distil_model(
         scene.student,
@@ -155,9 +192,11 @@ def _whole(scene: Scene) -> dict[str, Any]:
         scene.text,
         scene.config,
         identity="" if store is None else store.identity,
-        state=None if store is None else store.state("model"),
+        state=None if store is None else store.state(stage),
         group=scene.group,
         progress=scene.progress,
+        movement=scene.config.movement if stage == "masks" else None,
+        dense=scene.dense,
     )
 
 
@@ -178,7 +217,12 @@ def _layerwise(scene: Scene, stage: Stage, work: Work) -> dict[str, Any]:
     return summary(stage, tour.run())
 
 
-_STAGES: dict[Stage, Callable[[Scene], dict[str, Any]]] = {"refit": _refit, "blocks": _blocks, "model": _whole}
+_STAGES: dict[Stage, Callable[[Scene], dict[str, Any]]] = {
+    "refit": _refit,
+    "blocks": _blocks,
+    "masks": functools.partial(_whole, stage="masks"),
+    "model": _whole,
+}
 
 
 def _identity(

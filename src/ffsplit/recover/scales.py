@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ffsplit.ffn.projections import Packed, Projection
-from ffsplit.recover.weights import sums_of
 
 
 class TrainedScales(Projection):
@@ -46,22 +42,3 @@ class TrainedScales(Projection):
         limit = torch.finfo(torch.float16).max
         stored.copy_((scale * factor).clamp(-limit, limit).half().view(torch.int16))
         return self.packed
-
-
-@contextmanager
-def trained_scales(model: nn.Module) -> Iterator[None]:
-    """Give every packed matrix of the compressed FFNs factors to train; afterwards its scales have taken them in."""
-    places = [
-        (parent, name)
-        for module in sums_of(model).values()
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Packed)
-    ]
-    for parent, name in places:
-        parent.add_module(name, TrainedScales(getattr(parent, name)))
-    try:
-        yield
-    finally:
-        for parent, name in places:
-            parent.add_module(name, getattr(parent, name).finished())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,15 @@ class Store:
         return self._done(name).exists()
 
     @torch.no_grad()
-    def finished(self, name: str, module: nn.Module) -> dict[str, Any] | None:
+    def finished(
+        self, name: str, module: nn.Module, shape: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any] | None:
         """Put a finished module's tensors into this one and give its notes; None if it is not finished.
+
+        Args:
+            name: it was kept by.
+            module: to put them into.
+            shape: gives the module the finished one's structure, of which the notes tell; None: it has that.
 
         Raises:
             ResumeError: the file is damaged or does not fit.
@@ -72,6 +80,8 @@ class Store:
         try:
             with safe_open(file, framework="pt") as stored:
                 notes: dict[str, Any] = json.loads((stored.metadata() or {})["notes"])
+                if shape is not None:
+                    shape(notes)
                 have = module.state_dict()
                 for key in stored.keys():  # noqa: SIM118 - not a mapping
                     have[key].copy_(stored.get_tensor(key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
 from ffsplit.recover.guide import Guide, guided
 from ffsplit.recover.lora import adapted
-from ffsplit.recover.scales import trained_scales
+from ffsplit.recover.packed import trained_packed
 from ffsplit.recover.text import Sample, Text
-from ffsplit.recover.weights import all_parameters, branch_parameters, in_float32, training_only
+from ffsplit.recover.weights import all_parameters, branch_parameters, in_float32, sums_of, training_only
 from ffsplit.recover.workers import Workers
 from ffsplit.train.loop import Hooks, Precision, TrainSettings, autocast, train
+from ffsplit.train.movement import Movement, NeuronMasks, learned_masks
 from ffsplit.train.state import Standing
 
 Progress = Callable[[str, int, int], None]
@@ -40,6 +41,8 @@ def distil_model(
     state: Path | None = None,
     group: Workers | None = None,
     progress: Progress | None = None,
+    movement: Movement | None = None,
+    dense: int | None = None,
 ) -> dict[str, Any]:
     """Train a compressed model in place; it ends with the weights of the lowest held-out loss.
 
@@ -52,19 +55,23 @@ def distil_model(
         state: file that lets a killed run go on.
         group: the processes that train together.
         progress: called with (what, done, total).
+        movement: learn masks on the neurons meanwhile, and remove the masked ones at the end; None keeps all.
+        dense: FFN parameters that ``movement`` keeps a share of; None: those that the student has.
 
     Returns:
         losses before and after, steps, seconds: plain values for a report.
 
     Raises:
         ModelError: the loss is not finite, or the model has no answers to compare.
-        RecipeError: nothing can be trained.
+        RecipeError: nothing can be trained, or there are too few steps for masks.
+        BudgetError: the masks' budget cannot be met.
     """
     group = group or Workers()
     settings = settings_of(config, student.device, config.learning_rate, config.steps, config.minutes)
     with ExitStack() as stack:
         stack.enter_context(evaluating(student, *([teacher] if teacher is not None else [])))
         stack.enter_context(without_cache(student))
+        masks = stack.enter_context(_masks(student, movement, config.steps, dense))
         trained = stack.enter_context(prepared(student, config))
         loss = Distillation(student, teacher, config, text.batch(0))
         held_out = held_out_loss(text, loss, student.device, settings.precision, group)
@@ -79,12 +86,22 @@ def distil_model(
             writes=group.first,
             clock=group.clock,
         )
+        if masks is not None:
+            hooks.before, hooks.counts = masks.before, masks.settled
         batch: Callable[[int], Sample] = text.batch
-        if config.guide and teacher is not None:
+        if config.guide and teacher is not None and masks is None:
             batch = _guiding(stack.enter_context(guided(student, teacher, _guided_steps(config))), text, config)
         standing = train(student, batch, loss, settings, hooks)
         count = sum(parameter.numel() for parameter in trained.values())
-    return {"stage": "model", **notes_of(standing), "trained_parameters": count} | _amount(text, config, group)
+        widths = {} if masks is None else {"widths": masks.widths()}
+    stage = "model" if movement is None else "masks"
+    return {"stage": stage, **notes_of(standing), "trained_parameters": count, **widths} | _amount(text, config, group)
+
+
+def _masks(
+    student: PreTrainedModel, movement: Movement | None, steps: int, dense: int | None
+) -> AbstractContextManager[NeuronMasks | None]:
+    return nullcontext() if movement is None else learned_masks(sums_of(student), movement, steps, dense)
 
 
 def _guided_steps(config: Recovery) -> int:
@@ -106,8 +123,8 @@ def prepared(student: nn.Module, config: Recovery) -> Iterator[dict[str, nn.Para
     """Float32 masters, factors of scales, adapters: whatever the configuration trains; put back in order afterwards."""
     with ExitStack() as stack:
         stack.enter_context(in_float32(student))
-        if config.low_bit == "scales" and config.lora is None:
-            stack.enter_context(trained_scales(student))
+        if config.low_bit != "frozen" and config.lora is None:
+            stack.enter_context(trained_packed(student, codes=config.low_bit == "codes"))
         if config.lora is not None:
             chosen = stack.enter_context(adapted(student, config.lora, config.seed))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ from transformers import PreTrainedModel
 from ffsplit.errors import RecipeError
 from ffsplit.evaluate.logits import device_of
 from ffsplit.families.forward import evaluating
+from ffsplit.recover.weights import as_sums
 from ffsplit.tasks.encode import Batch, Encoded, Epochs
 from ffsplit.tasks.metrics import measure
 from ffsplit.tasks.task import Task
 from ffsplit.train.distill import hidden_loss, logits_loss
 from ffsplit.train.loop import Hooks, Precision, TrainSettings, autocast, precise, train
+from ffsplit.train.movement import Movement, learned_masks
 from ffsplit.train.state import Standing
 
 EVALUATION_BATCH = 128
@@ -76,8 +79,12 @@ def fine_tune(
     *,
     teacher: PreTrainedModel | None = None,
     hooks: Hooks | None = None,
+    movement: Movement | None = None,
 ) -> Standing:
     """Train all floating-point parameters; the weights that score best on ``select`` stay.
+
+    With ``movement`` masks on the neurons are learned meanwhile, and the masked ones are gone afterwards: the FFNs are
+    then sums of one narrower dense branch, and the best weights are sought among those that go with the last masks.
 
     Args:
         model: on any device; compressed FFNs train like any other layer.
@@ -86,16 +93,16 @@ def fine_tune(
         select: to select on.
         settings: how.
         teacher: the fine-tuned dense model, on the same device.
-        hooks: progress and restart; its ``score`` is replaced.
+        hooks: progress and restart; its ``score`` is replaced, and with masks its ``before`` and ``counts``.
+        movement: how many neurons stay and when the others go; None keeps all.
 
     Raises:
-        ModelError: the loss is not finite.
+        ModelError: the loss is not finite, or masks are asked for on FFNs that are not dense.
+        BudgetError: the masks' budget cannot be met.
+        RecipeError: there are too few steps for masks.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
     epochs = Epochs(data.lengths, settings.batch_size, settings.seed)
     steps = max(round(settings.epochs * epochs.steps), 1)
-    loss = _loss(model, task, settings, teacher, data)
     hooks = hooks or Hooks()
     hooks.score = lambda: measure(task, predict(model, select, settings.precision), select.labels.cpu().numpy())[
         task.metrics[0]
@@ -108,7 +115,14 @@ def fine_tune(
         evaluate_every=max(epochs.steps // settings.evaluations, 1),
         save_seconds=SAVE_SECONDS,
     )
-    return train(model, lambda step: data.batch(epochs.rows(step)), loss, plan, hooks)
+    with ExitStack() as stack:
+        if movement is not None:
+            masks = stack.enter_context(learned_masks(as_sums(model), movement, steps))
+            hooks.before, hooks.counts = masks.before, masks.settled
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        loss = _loss(model, task, settings, teacher, data)
+        return train(model, lambda step: data.batch(epochs.rows(step)), loss, plan, hooks)
 
 
 @torch.no_grad()

@@ -96,6 +96,9 @@ class Hooks:
         reduce: averages the gradients over processes, when there are several; each trains on batches of its own.
         writes: whether this process writes the state.
         clock: seconds.
+        before: called with the number of every step, from 0, before it is done; what it sets may depend on that and on
+            the trained parameters alone, so that a run can go on anywhere.
+        counts: whether the weights after so many steps may be the best ones; those after the last one must.
     """
 
     score: Callable[[], float] | None = None
@@ -107,6 +110,8 @@ class Hooks:
     reduce: Callable[[Sequence[nn.Parameter]], None] | None = None
     writes: bool = True
     clock: Callable[[], float] = time.monotonic
+    before: Callable[[int], None] | None = None
+    counts: Callable[[int], bool] = lambda _steps: True
 
 
 def train(
@@ -182,6 +187,8 @@ class _Run:
         number, settings = self.standing.step, self.settings
         torch.manual_seed((settings.seed * 1_000_003 + number) % _LARGEST_SEED)
         self.model.train(settings.dropout)
+        if self.hooks.before is not None:
+            self.hooks.before(number)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * learning_rate(number, settings, self._time_share())
         value = self._backward(batch, loss, number)
@@ -249,6 +256,8 @@ class _Run:
             return
         score, standing = self.hooks.score(), self.standing
         standing.scores.append((standing.step, score))
+        if not self.hooks.counts(standing.step):
+            return
         standing.stale += 1
         if standing.best is None or score > standing.best:
             standing.best, standing.best_step, standing.stale = score, standing.step, 0
