@@ -33,12 +33,14 @@ from ffsplit.families import find_ffns
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import provenance
+from ffsplit.recover.weights import sums_of
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
 from ffsplit.tasks.encode import Encoded, encode
 from ffsplit.tasks.examples import TaskData, read_task
 from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores
 from ffsplit.tasks.parts import find_parts
 from ffsplit.tasks.task import task_of
+from ffsplit.train.movement import Movement
 from glue_general import General, calibration, distil, windows
 
 ENCODERS = {"minilm": ("all-MiniLM-L6-v2", minilm), "mpnet": ("all-mpnet-base-v2", mpnet_folder)}
@@ -55,13 +57,14 @@ SWEEP = (0.0, 0.01, 0.03, 0.05, 0.1, 0.25)
 
 @dataclass(frozen=True)
 class Way:
-    """How an encoder is compressed and trained again; without a recipe it is only trained."""
+    """How an encoder is compressed and trained again, or both at once by learned masks; else it is only trained."""
 
     recipe: dict[str, Any] | None
     distill: bool = False
     again: bool = False
     # Compressed before the task is seen and distilled on text of no task, then fine-tuned once.
     general: bool = False
+    masks: bool = False
 
 
 def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -90,13 +93,15 @@ WAYS: dict[str, Way] = {
     "ffsplit-general": Way(
         method("ffsplit", rest="whitened", heavy=0.1, score="output_norm"), distill=True, general=True
     ),
+    # Which neurons stay is learned in the same epochs.
+    "movement": Way(None, distill=True, masks=True),
     **{f"heavy-{heavy:g}": Way(split(heavy)) for heavy in SWEEP if heavy != 0.1},
     "heavy-random": Way(split(0.1, score="random")),
 }
 DENSE = ("dense", "dense-twice")
 MAIN = ("svd", "ffsplit", "best")
 GENERAL = ("best-general", "ffsplit-general")
-OTHERS = ("prune", "whitened-svd", "ffsplit-linear", "prune-bias", "best-linear", "svd-distilled")
+OTHERS = ("prune", "whitened-svd", "ffsplit-linear", "prune-bias", "best-linear", "svd-distilled", "movement")
 SWEPT = tuple(name for name in WAYS if name.startswith("heavy-"))
 
 
@@ -142,6 +147,7 @@ def rows() -> Iterator[Row]:
         yield from block(encoder, "stsb", "43.1", SWEPT, SEEDS[:1])
     for encoder in ("mpnet", "minilm"):
         yield from block(encoder, "sst2", "70", MAIN, SEEDS)
+        yield from block(encoder, "stsb", "70", ("movement",), SEEDS)
         yield from block(encoder, "stsb", "43.1", OTHERS[3:], SEEDS)
         yield from block(encoder, "stsb", "43.1", SWEPT, SEEDS[1:])
     for encoder in ("minilm", "mpnet"):
@@ -243,6 +249,8 @@ class Bench:
         way = WAYS[row.way]
         if way.again:
             facts = self._trained_again(row, copy.deepcopy(dense), None)
+        elif way.masks:
+            facts = self._masked(row, dense)
         elif way.recipe is not None:
             facts = self._compressed(row, way, dense)
         return {**asdict(row), "name": row.name, **facts, "seconds": round(time.perf_counter() - started, 1)}
@@ -287,10 +295,22 @@ class Bench:
             **self._trained_again(row, model, dense if way.distill else None),
         }
 
-    def _trained_again(self, row: Row, model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
+    def _masked(self, row: Row, dense: PreTrainedModel) -> dict[str, Any]:
+        model, whole = copy.deepcopy(dense), sum(parameter.numel() for parameter in dense.parameters())
+        movement = Movement(keep_of(dense, row.encoder, row.budget))
+        facts = self._trained_again(row, model, dense, movement)
+        widths = {name: module.spec.branches[0].neurons for name, module in sums_of(model).items()}
+        left = sum(parameter.numel() for parameter in model.parameters())
+        return {"recipe": asdict(movement), "keep_model": left / whole, "widths": widths, "distilled": True, **facts}
+
+    def _trained_again(
+        self, row: Row, model: PreTrainedModel, teacher: PreTrainedModel | None, movement: Movement | None = None
+    ) -> dict[str, Any]:
         data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
         settings = self.settings(row.encoder, row.task, row.seed)
-        trained = fine_tune(model, data.task, parts["train"], parts["select"], settings, teacher=teacher)
+        trained = fine_tune(
+            model, data.task, parts["train"], parts["select"], settings, teacher=teacher, movement=movement
+        )
         return {"training": asdict(trained), "scores": scores(model, data.task, parts["report"])}
 
 
