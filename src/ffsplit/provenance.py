@@ -52,7 +52,9 @@ def provenance(
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a result depends on; ``None`` for one that is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    found = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    # What is installed may leave out the build, "+cpu" or "+cu130", which results depend on.
+    return found | {"torch": str(torch.__version__)}
 
 
 def hardware() -> dict[str, Any]:

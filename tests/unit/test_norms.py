@@ -246,7 +246,7 @@ def test_a_resumed_run_folds_again(tmp_path: Path) -> None:
 
 def test_measurements_of_a_folded_model_are_kept_apart(tmp_path: Path) -> None:
     def folder(fold: bool) -> Path:
-        identity = {"model": "m", "data": "d", "dtype": "torch.float32"}
+        identity = {"model": "m", "data": "d", "dtype": "torch.float32", "versions": {"torch": "2"}}
         job: Any = SimpleNamespace(identity=lambda: identity, recipe=load_recipe("prune", keep=0.5, fold_norms=fold))
         return _store(job, Journal(tmp_path / "journal", {}), tmp_path / "measured")
 
