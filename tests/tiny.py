@@ -135,3 +135,13 @@ REFUSED = ("squeezebert", "mixtral", "qwen2-moe")
 def tiny(name: str) -> PreTrainedModel:
     """A fresh tiny model: the same weights every time."""
     return TINY[name]()
+
+
+def strong(name: str) -> PreTrainedModel:
+    """A tiny model whose FFNs matter: random weights of the usual size hardly change the logits."""
+    model = tiny(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model

@@ -15,6 +15,7 @@ from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import float8_ffn, low_bit
 from ffsplit.ops.rounding import Grid, nearest_scale
+from tests.gpu.memory import poison
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,12 +61,6 @@ def sum_of(case: tuple[int, list[tuple[int, int]], int, str, bool, bool, bool, b
         biases = [torch.randn(neurons) * 0.1 if biased and wanted else None for wanted in (True, gated)]
         branches.append(Branch(ACT2FN[act], *made, gate, *biases))
     return SumFFN(d_model, branches, bias=torch.randn(d_model) if biased else None).to(dtype).eval()
-
-
-def poison() -> None:
-    """Memory that the next allocations get is NaN."""
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        torch.full((size,), float("nan"), device="cuda")
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

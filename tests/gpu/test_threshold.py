@@ -16,6 +16,7 @@ from ffsplit.ffn.selectors import Threshold, ThresholdSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import threshold
 from ffsplit.kernels.dispatch import reference_only
+from tests.gpu.memory import poison
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,12 +67,6 @@ def exact(ffn: SumFFN, x: Tensor) -> tuple[Tensor, Tensor]:
     a = rest.act(up if rest.gate is None else rest.gate(x) if rest.gate_bias is None else rest.gate(x) + rest.gate_bias)
     near = (a.abs() - selector.threshold).abs() <= NEAR * selector.threshold
     return out, (rest.hidden(x) * near).abs() @ rest.down.weight.abs().t()
-
-
-def poison() -> None:
-    """Memory that the next allocations get is NaN."""
-    for size in (1 << 10, 1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        torch.full((size,), float("nan"), device="cuda")
 
 
 def far_off(found: Tensor, wanted: Tensor, slack: Tensor) -> float:

@@ -149,6 +149,8 @@ def test_what_a_sum_makes_of_all_its_branches_is_held() -> None:
     assert resident_bytes(module) == before + 100
     module._fused.derived.get("dense", [torch.zeros(1)], lambda: torch.zeros(50))
     assert resident_bytes(module) == before + 100 + 4 + 200
+    module._thresholded.derived.get("neuron_major", [torch.zeros(1)], lambda: torch.zeros(10))
+    assert resident_bytes(module) == before + 100 + 4 + 200 + 4 + 40
 
 
 @pytest.mark.parametrize("scale_bits", [8, 16])

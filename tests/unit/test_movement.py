@@ -19,7 +19,7 @@ from ffsplit.recover.run import recover_model
 from ffsplit.recover.weights import as_sums, sums_of
 from ffsplit.train.masked import MaskedDown, keep_neurons, mask_neurons, remove_masked, unmask
 from ffsplit.train.movement import Movement, budgets_for, learned_masks
-from tests.tiny import tiny
+from tests.tiny import strong, tiny
 
 CPU = torch.device("cpu")
 IDS = torch.randint(5, 100, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -196,16 +196,6 @@ def test_the_loss_of_the_narrower_model_falls(name: str) -> None:
     widths = {path: module.spec.neurons for path, module in sums_of(student).items()}
     assert widths == notes["widths"]
     assert not any(parameter.requires_grad for parameter in student.parameters())
-
-
-def strong(name: str) -> Any:
-    """Random weights of the usual size hardly change the logits."""
-    model = tiny(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
 
 
 class _KilledError(Exception):

@@ -32,21 +32,11 @@ from ffsplit.recover.weights import as_sums
 from ffsplit.recover.whole import prepared
 from ffsplit.recover.workers import Workers
 from ffsplit.train import loop
-from tests.tiny import tiny
+from tests.tiny import strong, tiny
 
 CPU = torch.device("cpu")
 IDS = torch.randint(5, 100, (24, 16), generator=torch.Generator().manual_seed(0))
 WINDOWS = TokenWindows.from_ids(IDS)
-
-
-def strong(name: str) -> PreTrainedModel:
-    """A tiny model whose FFNs matter: random weights of the usual size hardly change the logits."""
-    model = tiny(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
 
 
 def compressed(dense: PreTrainedModel, recipe: dict[str, Any]) -> PreTrainedModel:

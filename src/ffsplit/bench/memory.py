@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.evaluate.size import unique_bytes
-from ffsplit.ffn.fused import FusedBranches
 from ffsplit.ffn.merged import MergedCache
+from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.kernels.cache import DerivedCache
 
-CACHES = DerivedCache, MergedCache, FusedBranches
+CACHES = DerivedCache, MergedCache, WatchedBranches
 """What kernels keep of a projection, or of a whole sum."""
 _PROCESS = Path("/proc/self")
 

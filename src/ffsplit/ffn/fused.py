@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import activations
 
-from ffsplit.ffn.places import Held, Place, held_at, is_unchanged, tensors_at
+from ffsplit.ffn.places import Held, Place, held_at, tensors_at
 from ffsplit.ffn.projections import Dense, Packed
+from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.ffn.weights import joined_biases
-from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.cache import counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
@@ -75,23 +76,11 @@ class _Known:
         )
 
 
-class FusedBranches:
-    """Runs the branches of a sum by kernels over whole FFNs, where there are any for them.
+class FusedBranches(WatchedBranches[_Known, list[LowBitFFN]]):
+    """Runs the branches of a sum by kernels over whole FFNs, where there are any for them."""
 
-    What is known of the branches is found when it is first needed, and again after a module or a tensor of theirs was
-    replaced. Copies and pickles of a sum find it anew.
-    """
-
-    def __init__(self) -> None:
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget everything; what is asked for next is found and made anew."""
-        self.derived = DerivedCache()
-        self._branches: tuple[Branch, ...] = ()
-        self._known = _Known((), (), None)
-        self._addresses: list[int] = []
-        self._launches: dict[tuple[int, torch.dtype], list[LowBitFFN]] = {}
+    def _look(self, branches: Sequence[Branch]) -> _Known:
+        return _Known.of(branches)
 
     def __call__(
         self, x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], bias: Tensor | None
@@ -114,27 +103,20 @@ class FusedBranches:
             return self._few(x, tensors, bias, known.shapes)
         return self._many(x, branches, [*tensors, bias], bias, known.shapes[0].act)
 
-    def _found(self, branches: Sequence[Branch]) -> _Known:
-        if tuple(branches) != self._branches or not is_unchanged(self._known.modules):
-            self.drop()
-            self._branches, self._known = tuple(branches), _Known.of(branches)
-        return self._known
-
     def _few(
         self, x: Tensor, tensors: list[Tensor | None], bias: Tensor | None, shapes: Sequence[LowBitShape]
     ) -> Tensor | None:
         """Launches, made ready once for every number of tiles of tokens, as long as the tensors stay where they are."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, bias)]
-        if addresses != self._addresses:
-            self._addresses, self._launches = addresses, {}
         tokens = x.numel() // x.shape[-1]
-        key = -(-tokens // TOKENS), x.dtype
-        if key not in self._launches:
+
+        def make(addresses: list[int]) -> list[LowBitFFN]:
             fits = belong(x, [*tensors, bias]) and not any(address % ALIGNMENT for address in addresses)
             parts = zip(_pairs(tensors, bias), shapes, strict=True)
             made = [LowBitFFN(part, shape, tokens, x.dtype, x.device.index) for part, shape in parts] if fits else []
-            self._launches[key] = made if all(launch.is_compiled for launch in made) else []
-        return _added([launch(x) for launch in self._launches[key]])
+            return made if all(launch.is_compiled for launch in made) else []
+
+        launches = self._launch((-(-tokens // TOKENS), x.dtype), [*tensors, bias], make)
+        return _added([launch(x) for launch in launches])
 
     def _many(
         self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
@@ -152,12 +134,6 @@ class FusedBranches:
         if not self.derived.holds(key, sources) and weights * x.dtype.itemsize > decoded_room(x.device):
             return None
         return self.derived.get(key, sources, lambda: _decoded(branches, bias, act, x.dtype, keep=True))(x)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedBranches:
-        return FusedBranches()
-
-    def __reduce__(self) -> tuple[type[FusedBranches], tuple[()]]:
-        return FusedBranches, ()
 
 
 def _traced(x: Tensor, branches: Sequence[Branch], bias: Tensor | None) -> Tensor | None:

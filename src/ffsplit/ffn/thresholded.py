@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ffsplit.ffn.fused import activation_name
-from ffsplit.ffn.places import Held, Place, held_at, is_unchanged, tensors_at
+from ffsplit.ffn.places import Held, Place, held_at, tensors_at
 from ffsplit.ffn.projections import Dense
 from ffsplit.ffn.selectors import Threshold
+from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.kernels import cpu_threshold
-from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.cache import counted, decoded_room
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.low_bit import ALIGNMENT
 from ffsplit.kernels.threshold import (
@@ -71,23 +72,11 @@ class _Known:
         )
 
 
-class ThresholdedBranches:
-    """Runs the branches of a sum without the weights of neurons that a threshold leaves out, where that is faster.
+class ThresholdedBranches(WatchedBranches[_Known, ThresholdFFN | None]):
+    """Runs the branches of a sum without the weights of neurons that a threshold leaves out, where that is faster."""
 
-    What is known of the branches is found when it is first needed, and again after a module or a tensor of theirs was
-    replaced. Copies and pickles of a sum find it anew.
-    """
-
-    def __init__(self) -> None:
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget everything; what is asked for next is found and made anew."""
-        self.derived = DerivedCache()
-        self._branches: tuple[Branch, ...] = ()
-        self._known = _Known((), (), None, False)
-        self._addresses: list[int] = []
-        self._launches: dict[tuple[int, torch.dtype], ThresholdFFN | None] = {}
+    def _look(self, branches: Sequence[Branch]) -> _Known:
+        return _Known.of(branches)
 
     def __call__(
         self, x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], bias: Tensor | None
@@ -100,22 +89,17 @@ class ThresholdedBranches:
             return None
         if not takes_kernels(x, ()) or as_autocast(x) is not x:
             return None
-        shape = self._found(branches).shape
+        known = self._found(branches)
+        shape = known.shape
         if shape is None or x.shape[-1] != shape.d_model:  # the plain path says what is wrong
             return None
         on_cpu = x.device.type == "cpu" and cpu_takes(x, shape)
-        if not on_cpu and not (self._known.on_gpu and takes(x, shape)):
+        if not on_cpu and not (known.on_gpu and takes(x, shape)):
             return None
-        tensors = [*tensors_at(self._known.tensors), bias]
+        tensors = [*tensors_at(known.tensors), bias]
         if not takes_kernels(x, tensors) or not _fit(x, tensors):
             return None
         return self._one(x, tensors, branches) if on_cpu else self._few(x, tensors, shape)
-
-    def _found(self, branches: Sequence[Branch]) -> _Known:
-        if tuple(branches) != self._branches or not is_unchanged(self._known.modules):
-            self.drop()
-            self._branches, self._known = tuple(branches), _Known.of(branches)
-        return self._known
 
     def _few(self, x: Tensor, tensors: list[Tensor | None], shape: ThresholdShape) -> Tensor | None:
         """Launches, made ready once for every number of tokens, as long as the tensors stay where they are."""
@@ -123,16 +107,15 @@ class ThresholdedBranches:
         if downs is None:
             return None
         tensors[HEAVY_DOWN], tensors[REST_DOWN] = downs
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if addresses != self._addresses:
-            self._addresses, self._launches = addresses, {}
         tokens = x.numel() // shape.d_model
-        key = tokens, x.dtype
-        if key not in self._launches:
-            fits = not any(addresses[at] % ALIGNMENT for at in MATRICES)
-            made = ThresholdFFN(tensors, shape, tokens, x.dtype, x.device.index or 0) if fits else None
-            self._launches[key] = made if made is not None and made.is_compiled else None
-        launch = self._launches[key]
+
+        def make(addresses: list[int]) -> ThresholdFFN | None:
+            if any(addresses[at] % ALIGNMENT for at in MATRICES):
+                return None
+            made = ThresholdFFN(tensors, shape, tokens, x.dtype, x.device.index or 0)
+            return made if made.is_compiled else None
+
+        launch = self._launch((tokens, x.dtype), tensors, make)
         return None if launch is None else launch(x)
 
     def _one(self, x: Tensor, tensors: list[Tensor | None], branches: Sequence[Branch]) -> Tensor | None:
@@ -155,12 +138,6 @@ class ThresholdedBranches:
             return None
         made = iter(self.derived.get(key, present, lambda: [_kept(down) for down in present]))
         return [None if down is None else next(made) for down in downs]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ThresholdedBranches:
-        return ThresholdedBranches()
-
-    def __reduce__(self) -> tuple[type[ThresholdedBranches], tuple[()]]:
-        return ThresholdedBranches, ()
 
 
 def threshold_shape(branches: Sequence[Branch]) -> ThresholdShape | None:
