@@ -5,7 +5,7 @@ The clock is the CPU time of the one thread, which leaves out the time that othe
 of the memory's bandwidth is in). Weights are made up: no quality is measured here, and structures are those that
 recipes give.
 
-    python benchmarks/cpu.py [--only ffn|model|thresholds] [--rounds 9]
+    python benchmarks/cpu.py [--only ffn|model] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ SHAPES = {
     "2048/5632 gated": FFNShape(2048, 5632, gated=True),
     "768/3072 plain": FFNShape(768, 3072, gated=False, up_bias=True, down_bias=True),
 }
-THRESHOLD_SHAPES = SHAPES | {"4096/11008 gated": FFNShape(4096, 11008, gated=True)}
-SKIPPED = (0.3, 0.5, 0.7, 0.9)
 CATS = "cats 50 %"
 TOKENS = (1, 4, 16, 64, 128, 512, 1024)
 GROUP = 64
@@ -303,34 +301,6 @@ def time_ffns(rounds: int) -> dict[str, Any]:
     return found
 
 
-def time_thresholds(rounds: int) -> dict[str, Any]:
-    """One token of FFNs that leave out neurons under a threshold, and of the same with masks, over the dense one."""
-    flush = Flush(torch.device("cpu"))
-    found: dict[str, Any] = {}
-    for name, shape in THRESHOLD_SHAPES.items():
-        before = os.getloadavg()
-        times = {short: thresholds_of(shape, dtype, rounds, flush) for short, dtype in FLOATS.items()}
-        found[name] = {
-            "milliseconds": times,
-            "speed": {
-                short: {variant: row["dense"] / value for variant, value in row.items()} for short, row in times.items()
-            },
-            "load_average": {"before": before, "after": os.getloadavg()},
-        }
-    return found
-
-
-def thresholds_of(shape: FFNShape, dtype: torch.dtype, rounds: int, flush: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds by variant."""
-    modules: dict[str, nn.Module] = {"dense": made(structures(shape)["dense"], shape.gated, dtype)}
-    for skipped in SKIPPED:
-        ffn = made(thresholded(shape, skipped), shape.gated, dtype)
-        modules |= {f"{skipped:.0%} skipped": ffn, f"{skipped:.0%} masked": Reference(ffn)}
-    x = torch.randn(1, shape.d_model).to(dtype)
-    found = medians([partial(once, module, x, flush) for module in modules.values()], rounds, warmup=1)
-    return {name: 1e3 * seconds for name, seconds in zip(modules, found, strict=True)}
-
-
 def _described(spec: SumSpec) -> dict[str, Any]:
     storages: list[StorageSpec] = [projection for branch in spec.branches for projection in branch.projections]
     return {
@@ -387,20 +357,26 @@ def _turns(variants: Mapping[str, Variant], seconds: Callable[[Any], float], rou
     return {name: 1e3 * value for name, value in zip(variants, medians(measures, rounds, warmup=1), strict=True)}
 
 
+def described() -> dict[str, Any]:
+    """What it takes to repeat a run."""
+    return {
+        "provenance": provenance(seed=SEED),
+        "clock": "CPU seconds of one thread",
+        "group": GROUP,
+        "cpu": dict(torch.cpu.get_capabilities()),
+        "decoded_room_bytes": decoded_room(torch.device("cpu")),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ffn", "model", "thresholds"))
+    parser.add_argument("--only", choices=("ffn", "model"))
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    content: dict[str, Any] = {} if options.only == "thresholds" else next(read_results("cpu.json"), {})
-    content |= {"provenance": provenance(seed=SEED), "clock": "CPU seconds of one thread", "group": GROUP}
-    content |= {"cpu": dict(torch.cpu.get_capabilities()), "decoded_room_bytes": decoded_room(torch.device("cpu"))}
+    content = next(read_results("cpu.json"), {}) | described()
     with torch.no_grad():  # modules made in inference mode could not keep anything
-        if options.only == "thresholds":
-            write_result("cpu-thresholds", content | {"thresholds": time_thresholds(options.rounds)})
-            return
         if options.only != "model":
             content["ffn"] = time_ffns(options.rounds)
         if options.only != "ffn":
