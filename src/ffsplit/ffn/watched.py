@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
 
+@runtime_checkable
 class Known(Protocol):
     """What was found out about branches.
 
