@@ -16,7 +16,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ from ffsplit.tasks.examples import TaskData, read_task
 from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores
 from ffsplit.tasks.parts import find_parts
 from ffsplit.tasks.task import task_of
+from ffsplit.train.loop import Precision
 from ffsplit.train.movement import Movement
 from glue_general import General, calibration, distil, windows
+from glue_pairs import joined, judged, pairs
 
 ENCODERS = {"minilm": ("all-MiniLM-L6-v2", minilm), "mpnet": ("all-mpnet-base-v2", mpnet_folder)}
 # Peak learning rate of the fine-tuning, dense and compressed alike.
@@ -53,6 +55,7 @@ EPOCHS = {"stsb": 4.0, "sst2": 2.0, "agnews": 1.0}
 BATCH, SEQ_LEN, CALIBRATION = 64, 128, 2048
 SEEDS = (0, 1, 2)
 SWEEP = (0.0, 0.01, 0.03, 0.05, 0.1, 0.25)
+PAIRS, PAIRS_BATCH = 30_000, 128
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Way:
     # Compressed before the task is seen and distilled on text of no task, then fine-tuned once.
     general: bool = False
     masks: bool = False
+    # Trained again on :data:`PAIRS` more pairs of the training sentences, which the fine-tuned dense model labels.
+    pairs: bool = False
 
 
 def method(name: str, drift: float = 0.0, **fields: Any) -> dict[str, Any]:
@@ -76,6 +81,8 @@ def split(heavy: float, **fields: Any) -> dict[str, Any]:
     return method("ffsplit", rest="svd", heavy=heavy, refit=False, **{"score": "output_norm", **fields})
 
 
+PRUNED = method("prune", score="leverage")
+SPLIT = method("ffsplit", rest="whitened", heavy=0.1, score="output_norm")
 WAYS: dict[str, Way] = {
     "dense": Way(None),
     # As much training as a compressed model has had: before and after.
@@ -89,10 +96,11 @@ WAYS: dict[str, Way] = {
     "best": Way(method("prune", drift=0.5), distill=True),
     "best-linear": Way(method("ffsplit", drift=0.5), distill=True),
     "svd-distilled": Way(method("svd"), distill=True),
-    "best-general": Way(method("prune", score="leverage"), distill=True, general=True),
-    "ffsplit-general": Way(
-        method("ffsplit", rest="whitened", heavy=0.1, score="output_norm"), distill=True, general=True
-    ),
+    "best-general": Way(PRUNED, distill=True, general=True),
+    "ffsplit-general": Way(SPLIT, distill=True, general=True),
+    "best-pairs": Way(PRUNED, distill=True, general=True, pairs=True),
+    "ffsplit-pairs": Way(SPLIT, distill=True, general=True, pairs=True),
+    "dense-pairs": Way(None, again=True, pairs=True),
     # Which neurons stay is learned in the same epochs.
     "movement": Way(None, distill=True, masks=True),
     **{f"heavy-{heavy:g}": Way(split(heavy)) for heavy in SWEEP if heavy != 0.1},
@@ -100,7 +108,7 @@ WAYS: dict[str, Way] = {
 }
 DENSE = ("dense", "dense-twice")
 MAIN = ("svd", "ffsplit", "best")
-GENERAL = ("best-general", "ffsplit-general")
+GENERAL = ("best-general", "best-pairs", "ffsplit-general", "ffsplit-pairs")
 OTHERS = ("prune", "whitened-svd", "ffsplit-linear", "prune-bias", "best-linear", "svd-distilled", "movement")
 SWEPT = tuple(name for name in WAYS if name.startswith("heavy-"))
 
@@ -134,7 +142,7 @@ def rows() -> Iterator[Row]:
             yield from block(encoder, "stsb", "43.1", MAIN, (seed,))
     for encoder in ("mpnet", "minilm"):
         yield from block(encoder, "stsb", "70", MAIN, SEEDS)
-    for budget, ways in (("43.1", GENERAL), ("70", GENERAL[:1])):
+    for budget, ways in (("dense", ("dense-pairs",)), ("43.1", GENERAL), ("70", GENERAL)):
         for encoder in ("mpnet", "minilm"):
             for way in ways:
                 yield from block(encoder, "stsb", budget, (way,), SEEDS)
@@ -174,9 +182,8 @@ def keep_of(model: PreTrainedModel, encoder: str, budget: str) -> float:
     return 1 - share
 
 
-def recipe_for(way: Way, keep: float) -> dict[str, Any]:
-    assert way.recipe is not None
-    return {**way.recipe, "method": {**way.recipe["method"], "keep": keep}}
+def recipe_for(recipe: dict[str, Any], keep: float) -> dict[str, Any]:
+    return {**recipe, "method": {**recipe["method"], "keep": keep}}
 
 
 def compression_facts(result: CompressionResult, recipe: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -196,7 +203,8 @@ class Limits:
     epochs: float | None = None
     calibration: int = CALIBRATION
     evaluate: int | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
+    pairs: int = PAIRS
     general: General = field(default_factory=General)
 
 
@@ -210,6 +218,7 @@ class Bench:
         self.dense = lru_cache(maxsize=8)(self._dense)
         self.text = lru_cache(maxsize=None)(self._text)
         self.body = lru_cache(maxsize=1)(self._body)
+        self.more = lru_cache(maxsize=4)(self._more)
 
     def _task_data(self, task: str) -> TaskData:
         wanted = task_of(task, COLUMNS.get(task))
@@ -226,6 +235,14 @@ class Bench:
             }
         return {name: encode(part, tokenizer, SEQ_LEN).to(self.device) for name, part in parts.items()}
 
+    def _more(self, encoder: str, task: str, seed: int) -> Encoded:
+        """Training examples, and pairs of their sentences that the dense model of this seed labels."""
+        source = open_source(str(ENCODERS[encoder][1]()))
+        tokenizer, body = source.tokenizer(), source.load(torch.float32).base_model.to(self.device)
+        found = encode(pairs(self.task_data(task).train, body, tokenizer, self.limits.pairs, seed), tokenizer, SEQ_LEN)
+        dense, _ = self.dense(encoder, task, seed)
+        return joined(self.encoded(encoder, task)["train"], judged(found.to(self.device), dense, self.limits.precision))
+
     def settings(self, encoder: str, task: str, seed: int) -> TuneSettings:
         return TuneSettings(
             epochs=self.limits.epochs or EPOCHS[task],
@@ -234,7 +251,7 @@ class Bench:
             seed=seed,
             distill=0.5,
             hidden=1.0,
-            precision=self.limits.precision,  # type: ignore[arg-type]
+            precision=self.limits.precision,
         )
 
     def _dense(self, encoder: str, task: str, seed: int) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -258,28 +275,29 @@ class Bench:
     def _text(self, encoder: str) -> TokenWindows:
         return windows(open_source(str(ENCODERS[encoder][1]())).tokenizer())
 
-    def _body(self, encoder: str, budget: str, way: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def _body(self, encoder: str, budget: str, recipe: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The encoder without a task: compressed and distilled on text of no task."""
         # Some checkpoints load with a head on: only the encoder goes into the classifier.
         teacher, text = open_source(str(ENCODERS[encoder][1]())).load(torch.float32).base_model, self.text(encoder)
-        recipe = recipe_for(WAYS[way], keep_of(teacher, encoder, budget))
+        wanted = recipe_for(json.loads(recipe), keep_of(teacher, encoder, budget))
         batches = calibration(text, self.limits.calibration)
         started = time.perf_counter()
-        result = ffsplit.compress(copy.deepcopy(teacher), recipe=recipe, calibration=batches, device=self.device)
+        result = ffsplit.compress(copy.deepcopy(teacher), recipe=wanted, calibration=batches, device=self.device)
         fitted = time.perf_counter() - started
         student = result.model.to(self.device)
         notes = distil(student, teacher.to(self.device), text, self.limits.general, seed=0)
-        print(f"{encoder} {budget} {way}: {notes['held_out_losses']} in {notes['seconds']} s", flush=True)
-        return student, {**compression_facts(result, recipe, fitted), "general_distillation": notes}
+        print(f"{encoder} {budget}: {notes['held_out_losses']} in {notes['seconds']} s", flush=True)
+        return student, {**compression_facts(result, wanted, fitted), "general_distillation": notes}
 
     def _compressed(self, row: Row, way: Way, dense: PreTrainedModel) -> dict[str, Any]:
         data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
         if way.general:
-            body, facts = self.body(row.encoder, row.budget, row.way)
+            body, facts = self.body(row.encoder, row.budget, json.dumps(way.recipe))
             model = copy.deepcopy(dense)
             setattr(model, model.base_model_prefix, copy.deepcopy(body))
         else:
-            recipe = recipe_for(way, keep_of(dense, row.encoder, row.budget))
+            assert way.recipe is not None
+            recipe = recipe_for(way.recipe, keep_of(dense, row.encoder, row.budget))
             text = calibration_batches(parts["train"], self.limits.calibration)
             started = time.perf_counter()
             result = ffsplit.compress(
@@ -307,11 +325,18 @@ class Bench:
         self, row: Row, model: PreTrainedModel, teacher: PreTrainedModel | None, movement: Movement | None = None
     ) -> dict[str, Any]:
         data, parts = self.task_data(row.task), self.encoded(row.encoder, row.task)
-        settings = self.settings(row.encoder, row.task, row.seed)
-        trained = fine_tune(
-            model, data.task, parts["train"], parts["select"], settings, teacher=teacher, movement=movement
-        )
-        return {"training": asdict(trained), "scores": scores(model, data.task, parts["report"])}
+        settings, examples = self.settings(row.encoder, row.task, row.seed), parts["train"]
+        if WAYS[row.way].pairs:
+            settings, examples = (
+                replace(settings, batch_size=PAIRS_BATCH),
+                self.more(row.encoder, row.task, row.seed),
+            )
+        trained = fine_tune(model, data.task, examples, parts["select"], settings, teacher=teacher, movement=movement)
+        return {
+            "examples": len(examples),
+            "training": asdict(trained),
+            "scores": scores(model, data.task, parts["report"]),
+        }
 
 
 def protocol(bench: Bench) -> dict[str, Any]:
@@ -323,6 +348,8 @@ def protocol(bench: Bench) -> dict[str, Any]:
         },
         "distillation": "0.5 labels + 0.5 outputs of the fine-tuned dense model + 1.0 hidden states of all layers",
         "distillation without a task": f"{GENERAL}: hidden states of all layers, on text of no task; fine-tuned once",
+        "more pairs": f"ways '...-pairs': {bench.limits.pairs} pairs of the training part's sentences by similarity, "
+        f"labelled by the fine-tuned dense model; batches of {PAIRS_BATCH}",
         "calibration": f"{bench.limits.calibration} training examples, drawn once",
         "train_limit": TRAIN_LIMIT,
         "weights": "rounded to float16 on the way to the GPU machine" if bench.device.type != "cpu" else "as published",
@@ -341,6 +368,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--calibration", type=int, default=CALIBRATION)
     parser.add_argument("--evaluate", type=int, help="select and report on so many examples (to try the script out)")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of training sentences, labelled by the dense model")
     parser.add_argument("--general-minutes", type=float, default=General.minutes, help="of distillation on plain text")
     parser.add_argument("--general-steps", type=int, default=General.steps)
     parser.add_argument("--no-check", action="store_true", help="skip the check of the encoders' embeddings")
@@ -350,7 +378,9 @@ def main() -> None:
     started = time.perf_counter()
     device = torch.device(options.device)
     general = General(options.general_minutes, options.general_steps)
-    limits = Limits(options.limit, options.epochs, options.calibration, options.evaluate, options.precision, general)
+    limits = Limits(
+        options.limit, options.epochs, options.calibration, options.evaluate, options.precision, options.pairs, general
+    )
     bench = Bench(device, limits)
     file = options.folder / f"{options.out}.json"
     document = json.loads(file.read_text()) if file.is_file() else {"benchmark": "glue", "checks": {}, "rows": []}

@@ -27,7 +27,7 @@ from ffsplit.recover.head_loss import through_head
 from ffsplit.recover.layers import Layer
 from ffsplit.recover.refit import refit_layer
 from ffsplit.recover.run import recover_model
-from ffsplit.recover.text import recovery_text
+from ffsplit.recover.text import Text, recovery_text
 from ffsplit.recover.weights import as_sums
 from ffsplit.recover.whole import prepared
 from ffsplit.recover.workers import Workers
@@ -550,3 +550,20 @@ def test_what_a_planner_decided_is_recovered_and_saved_again(method: dict[str, A
     assert (stored[0] or {}).get("attention") == (stored[1] or {}).get("attention")
     again = ffsplit.load(tmp_path / "better")
     assert torch.isfinite(again(input_ids=IDS[:2]).logits).all()
+
+
+def test_padded_windows_of_similar_length_share_a_batch() -> None:
+    lengths = 2 + torch.randperm(60, generator=torch.Generator().manual_seed(0)) % 14
+    mask = (torch.arange(16) < lengths[:, None]).long()
+    ids = torch.arange(60)[:, None].expand(60, 16) + 5  # every window is told by its id
+    text = Text(TokenWindows.from_ids(ids, mask), held_out=4, batch_size=8, seed=0, causal=False)
+    batches = [text.batch(number) for number in range(7)]
+    seen = torch.cat([batch.inputs["input_ids"][:, 0] for batch in batches]) - 5
+    assert sorted(seen.tolist()) == list(range(56))
+    assert (
+        seen.tolist() != torch.cat([text.batch(number).inputs["input_ids"][:, 0] for number in range(7, 14)]).tolist()
+    )
+    for number, batch in enumerate(batches):
+        assert torch.equal(text.batch(number).inputs["input_ids"], batch.inputs["input_ids"])
+    padded = sum(int((batch.inputs["attention_mask"] == 0).sum()) for batch in batches)
+    assert padded < 0.1 * int(lengths[:56].sum())

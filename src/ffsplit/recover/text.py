@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ NO_TARGET = -100
 MOST_HELD_OUT = 64
 MASKED_SHARE = 0.15
 _SEED_STRIDE = 1_000_003
+_BUCKET = 50
+"""Batches among whose windows those of similar length are put together."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Sample:
 class Text:
     """Windows in a random order of every epoch's own; batch n is the same whenever it is asked for.
 
+    Windows of similar length share a batch, so that little of it is padding.
+
     Attributes:
         windows: all of them, the held-out ones at the end.
         held_out: how many these are.
@@ -60,6 +64,7 @@ class Text:
     mask_id: int | None = None
     special_ids: tuple[int, ...] = ()
     share: tuple[int, int] = (0, 1)
+    _latest: dict[int, Int[Tensor, "batches batch"]] = field(default_factory=dict, repr=False)
 
     @property
     def trained_on(self) -> int:
@@ -71,9 +76,21 @@ class Text:
         size = min(self.batch_size, self.trained_on)
         number = number * self.share[1] + self.share[0]
         epoch, place = divmod(number, self.trained_on // size)
+        if epoch not in self._latest:
+            self._latest.clear()
+            self._latest[epoch] = self._epoch(epoch, size)
+        return self._sample(self._latest[epoch][place], number)
+
+    def _epoch(self, epoch: int, size: int) -> Int[Tensor, "batches batch"]:
+        """The windows of every batch of an epoch; those that fill no batch are left out."""
         generator = torch.Generator().manual_seed(self.seed * _SEED_STRIDE + epoch)
-        order = torch.randperm(self.trained_on, generator=generator)
-        return self._sample(order[place * size : (place + 1) * size], number)
+        order = torch.randperm(self.trained_on, generator=generator)[: self.trained_on // size * size]
+        if self.windows.attention_mask is None:
+            return order.view(-1, size)
+        lengths = self.windows.attention_mask[order].sum(1)
+        buckets = zip(*(torch.split(each, _BUCKET * size) for each in (order, lengths)), strict=True)
+        alike = torch.cat([rows[length.argsort(stable=True)] for rows, length in buckets]).view(-1, size)
+        return alike[torch.randperm(len(alike), generator=generator)]
 
     def held_out_batches(self) -> Iterator[Sample]:
         """The held-out windows, every time with the same masks."""
