@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ffsplit.errors import FFSplitError, ResumeError
+import ffsplit
+from ffsplit.errors import FFSplitError, ModelError, ResumeError
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.recipe import load_recipe
 from ffsplit.recover.weights import as_sums, sums_of
@@ -58,11 +60,16 @@ def data_of(folder: Path) -> TaskData:
 
 
 def job(folder: Path, encoder: Path, out: Path, method: str = "svd", **changes: object) -> GlueJob:
-    recipe = load_recipe(method, keep=0.6)
-    fields = {"seeds": (0,), "seq_len": 16, "calibration": 64, **changes}
+    fields = {"way": load_recipe(method, keep=0.6), "seeds": (0,), "seq_len": 16, "calibration": 64, **changes}
     return GlueJob(
-        open_source(str(encoder)), data_of(folder), recipe, TUNE, TUNE, out, device=torch.device("cpu"), **fields
-    )  # type: ignore[arg-type]
+        open_source(str(encoder)),
+        data_of(folder),
+        dense=TUNE,
+        recovery=TUNE,
+        out=out,
+        device=torch.device("cpu"),
+        **fields,  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("method", ["svd", "prune", "ffsplit"])
@@ -77,6 +84,51 @@ def test_a_run_learns_compresses_and_recovers(folder: Path, encoder: Path, tmp_p
     assert model.config.num_labels == 2
     test = encode(data_of(folder).report, byte_tokenizer(), 16)
     assert scores(model, task_of("sst2", None), test) == phases["recovered"]["scores"]
+
+
+@pytest.mark.parametrize("method", ["prune", "ffsplit"])  # one stored plainly, one as sums
+def test_a_student_made_before_takes_over_the_head(folder: Path, encoder: Path, tmp_path: Path, method: str) -> None:
+    ids = torch.randint(5, 100, (8, 16), generator=torch.Generator().manual_seed(0))
+    ffsplit.save(
+        ffsplit.compress(str(encoder), recipe=load_recipe(method, keep=0.6), calibration=ids, device="cpu"),
+        tmp_path / "student",
+    )
+    student = open_source(str(tmp_path / "student"))
+    report = run_glue(job(folder, encoder, tmp_path / "out", way=student))
+    phases, made = report["seeds"]["0"], tmp_path / "out" / "seed-0"
+    assert report["student"] == str(tmp_path / "student")
+    assert phases["recovered"]["scores"]["accuracy"] > 80
+    assert phases["recovered"]["parameters"] == phases["compressed"]["parameters"] < phases["dense"]["parameters"]
+    dense, compressed = (
+        AutoModelForSequenceClassification.from_pretrained(made / phase) for phase in ("dense", "compressed")
+    )
+    body = student.load().base_model.state_dict()
+    assert all(torch.equal(compressed.base_model.state_dict()[name], tensor) for name, tensor in body.items())
+    assert torch.equal(compressed.classifier.weight, dense.classifier.weight)
+    assert (made / "recovered" / "ffsplit_plan.json").is_file()
+    with pytest.raises(ResumeError, match="another"):
+        run_glue(job(folder, encoder, tmp_path / "out"))
+
+
+def test_a_student_of_another_size_is_refused_before_training(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    other = saved(tiny_bert("AutoModel", hidden_size=48, num_attention_heads=4), tmp_path / "other")
+    with pytest.raises(ModelError, match="hidden_size is 48"):
+        run_glue(job(folder, encoder, tmp_path / "out", way=open_source(str(other))))
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_leave_a_checkpoint_of_the_budget(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    report = run_glue(job(folder, encoder, tmp_path / "out", way=Movement(0.5)))
+    phases = report["seeds"]["0"]
+    assert list(phases) == ["dense", "recovered"] == list(report["summary"])
+    assert phases["recovered"]["budget"]["keep_ffn"] == pytest.approx(0.5, abs=0.02)
+    assert phases["recovered"]["scores"]["accuracy"] > 80
+    again = run_glue(job(folder, encoder, tmp_path / "out", way=Movement(0.5)))
+    assert again["summary"] == report["summary"]
+    short = replace(job(folder, encoder, tmp_path / "short", way=Movement(0.5)), recovery=replace(TUNE, epochs=0.1))
+    with pytest.raises(FFSplitError, match="too few"):
+        run_glue(short)
+    assert not (tmp_path / "short").exists()
 
 
 def test_a_killed_run_ends_where_another_one_does(folder: Path, encoder: Path, tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ from ffsplit.cli.progress import reporting
 from ffsplit.errors import RecipeError
 
 if TYPE_CHECKING:
+    from ffsplit.pipeline.load import Source
     from ffsplit.pipeline.recipe import Recipe
     from ffsplit.tasks.examples import TaskData
+    from ffsplit.train.movement import Movement
 
+RECIPE = "prune"
 TaskName = Annotated[
     str | None,
     typer.Option("--task", help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli; any name with --columns."),
@@ -34,10 +37,26 @@ Columns = Annotated[
 ]
 Regression = Annotated[bool, typer.Option("--regression", help="The label is a number to predict.")]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "--method", help="A method, a preset, or a .yaml file.", metavar="NAME|FILE")
+    str | None,
+    typer.Option(
+        "--recipe", "--method", help=f"A method, a preset, or a .yaml file. [default: {RECIPE}]", metavar="NAME|FILE"
+    ),
 ]
 Keep = Annotated[float | None, typer.Option("--keep", help="Budget: share of the FFN parameters that stay.")]
 Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits per FFN weight, all counted.")]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        "--student",
+        help="Fine-tune this compressed checkpoint of MODEL (made by compress and recover) instead of compressing.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+Masks = Annotated[
+    bool,
+    typer.Option("--masks", help="Learn which neurons stay during the second fine-tuning, instead of a recipe."),
+]
 Epochs = Annotated[float, typer.Option("--epochs", help="Passes over the training part, before and after.")]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples per step.")]
@@ -61,9 +80,11 @@ def glue(
     task: TaskName = None,
     columns: Columns = None,
     regression: Regression = False,
-    recipe: RecipeName = "prune",
+    recipe: RecipeName = None,
     keep: Keep = None,
     bits: Bits = None,
+    student: Student = None,
+    masks: Masks = False,
     epochs: Epochs = 3.0,
     lr: Rate = 5e-5,
     batch: Batch = 32,
@@ -80,7 +101,8 @@ def glue(
     """Fine-tune an encoder on a task, compress its FFNs, fine-tune what is left, and measure all three.
 
     Compression is calibrated on the task's own training texts; the recovery learns from labels and from the fine-tuned
-    dense model. A killed run goes on where it stopped when the same command is repeated.
+    dense model. --student starts it from a checkpoint that was compressed and recovered before, --masks chooses neurons
+    while it trains. A killed run goes on where it stopped when the same command is repeated.
     """
     checks.check_model_name(model)
     checks.check_writable(out.absolute())
@@ -88,6 +110,7 @@ def glue(
     if precision not in PRECISIONS:
         raise RecipeError(f"--precision {precision!r}: must be one of {', '.join(PRECISIONS)}")
     checks.check_budget(keep, bits)
+    _check_way(recipe, keep, bits, student, masks=masks)
     place = checks.torch_device(device)
     with quiet(), reporting() as report:
         source = loading.source(model)
@@ -97,7 +120,7 @@ def glue(
 
         settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch, "precision": precision}
         job = GlueJob(
-            source, read, _recipe(recipe, keep, bits), TuneSettings(**settings),
+            source, read, _way(recipe, keep, bits, student, masks=masks), TuneSettings(**settings),
             TuneSettings(**settings, distill=distill, hidden=hidden), out, numbers, place, seq_len, samples, report,
         )  # fmt: skip
         sizes = ", ".join(f"{name} {facts['examples']:,}" for name, facts in read.describe().items())
@@ -130,10 +153,28 @@ def _data(task: str | None, columns: str | None, place: str, limit: int | None, 
     return read_task(wanted, find_parts(wanted, place), limit)
 
 
-def _recipe(name: str, keep: float | None, bits: float | None) -> Recipe:
-    from ffsplit.pipeline.recipe import load_recipe
+def _check_way(recipe: str | None, keep: float | None, bits: float | None, student: str | None, *, masks: bool) -> None:
+    """Refuse two ways at once, and half of one."""
+    if student is not None and (masks or recipe is not None or keep is not None or bits is not None):
+        raise RecipeError("--student is compressed already: leave out --recipe, --keep, --bits and --masks")
+    if masks and (recipe is not None or bits is not None or keep is None):
+        raise RecipeError("--masks needs --keep (share of the FFN parameters that stay), without --recipe or --bits")
+    if student is not None:
+        checks.check_model_name(student)
 
-    return load_recipe(name, keep=keep, bits=bits)
+
+def _way(
+    recipe: str | None, keep: float | None, bits: float | None, student: str | None, *, masks: bool
+) -> Recipe | Source | Movement:
+    from ffsplit.pipeline.recipe import load_recipe
+    from ffsplit.train.movement import Movement
+
+    if student is not None:
+        return loading.source(student)
+    if masks:
+        assert keep is not None
+        return Movement(keep)
+    return load_recipe(recipe or RECIPE, keep=keep, bits=bits)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def fine_tune(
         RecipeError: there are too few steps for masks.
     """
     epochs = Epochs(data.lengths, settings.batch_size, settings.seed)
-    steps = max(round(settings.epochs * epochs.steps), 1)
+    steps = steps_of(settings, len(data))
     hooks = hooks or Hooks()
     hooks.score = lambda: measure(task, predict(model, select, settings.precision), select.labels.cpu().numpy())[
         task.metrics[0]
@@ -123,6 +123,11 @@ def fine_tune(
             parameter.requires_grad_(parameter.is_floating_point())
         loss = _loss(model, task, settings, teacher, data)
         return train(model, lambda step: data.batch(epochs.rows(step)), loss, plan, hooks)
+
+
+def steps_of(settings: TuneSettings, examples: int) -> int:
+    """Optimizer steps over so many examples."""
+    return max(round(settings.epochs * -(-examples // settings.batch_size)), 1)
 
 
 @torch.no_grad()

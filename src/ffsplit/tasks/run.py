@@ -1,4 +1,4 @@
-"""``ffsplit glue``: fine-tune, compress, fine-tune what is left, and measure, for one or more seeds.
+"""``ffsplit glue``: fine-tune, make smaller, fine-tune what is left, and measure, for one or more seeds.
 
 Every phase ends in a checkpoint that appears whole or not at all, and its scores in a file beside it. A repeated call
 goes on after the last of them, and inside a phase where it was killed.
@@ -26,21 +26,27 @@ from ffsplit.evaluate.size import size_of
 from ffsplit.families import find_ffns
 from ffsplit.files import write_whole
 from ffsplit.pipeline.compress import check_plan, compress, refuse_compressed, shapes_of
+from ffsplit.pipeline.job import budget_of, linear_parameters
 from ffsplit.pipeline.load import Source
-from ffsplit.pipeline.recipe import Recipe
+from ffsplit.pipeline.plan import make_plan
+from ffsplit.pipeline.recipe import Recipe, load_recipe
 from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from ffsplit.plain import plain
 from ffsplit.provenance import hash_model, provenance
+from ffsplit.recover.weights import sums_of
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
 from ffsplit.tasks.encode import Encoded, encode
 from ffsplit.tasks.examples import TaskData
-from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores
+from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores, steps_of
+from ffsplit.tasks.student import check_student, load_student
 from ffsplit.train.loop import Hooks
+from ffsplit.train.movement import Movement, budgets_for
 
 Progress = Callable[[str, int, int], None]
 Phase = Literal["dense", "compressed", "recovered"]
-PHASES: tuple[Phase, ...] = ("dense", "compressed", "recovered")
 RUN_FILE = "ffsplit_glue.json"
+ALL_NEURONS = {"method": {"method": "prune", "keep": 1.0, "score": "magnitude", "refit": False}}
+"""What masks start from."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class GlueJob:
     Attributes:
         source: the dense encoder.
         data: of the task.
-        recipe: what is done to the FFNs, calibrated on the task's training texts.
+        way: how it is made smaller. A recipe: after it was fine-tuned, calibrated on the task's training texts. Another
+            source: by that checkpoint, which was compressed (and recovered on any text) before the task was seen; it
+            takes over the fine-tuned head. Movement: by masks that are learned during the second fine-tuning.
         dense: how the dense encoder is fine-tuned.
         recovery: how the compressed one is, with the dense one as its teacher if ``distill`` or ``hidden`` is above 0.
         out: directory of everything that is written.
@@ -63,7 +71,7 @@ class GlueJob:
 
     source: Source
     data: TaskData
-    recipe: Recipe
+    way: Recipe | Source | Movement
     dense: TuneSettings
     recovery: TuneSettings
     out: Path
@@ -78,6 +86,18 @@ class GlueJob:
         """A fingerprint of the dense encoder: a name alone may stand for another one by the time of a continuation."""
         return hash_model(self.source.load())
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Masks leave no model between the dense and the final one."""
+        return ("dense", "recovered") if isinstance(self.way, Movement) else ("dense", "compressed", "recovered")
+
+    def _way(self) -> dict[str, Any]:
+        if isinstance(self.way, Recipe):
+            return {"recipe": self.way.model_dump(mode="json")}
+        if isinstance(self.way, Movement):
+            return {"masks": asdict(self.way)}
+        return {"student": self.way.name, "student_weights": hash_model(self.way.load())}
+
     def identity(self) -> dict[str, Any]:
         """What an interrupted run and its continuation must share; further seeds may be added."""
         shown: dict[str, Any] = plain(
@@ -86,7 +106,7 @@ class GlueJob:
                 "weights": self._weights,
                 "task": self.data.task.name,
                 "data": self.data.describe(),
-                "recipe": self.recipe.model_dump(mode="json"),
+                **self._way(),
                 "dense": asdict(replace(self.dense, seed=0)),
                 "recovery": asdict(replace(self.recovery, seed=0)),
                 "seq_len": self.seq_len,
@@ -117,7 +137,7 @@ def run_glue(job: GlueJob) -> dict[str, Any]:
     report = {
         **job.identity(),
         "seeds": {str(seed): result for seed, result in results.items()},
-        "summary": {phase: summary([result[phase]["scores"] for result in results.values()]) for phase in PHASES},
+        "summary": {phase: summary([result[phase]["scores"] for result in results.values()]) for phase in job.phases},
         "provenance": provenance(seed=job.seeds[0]),
     }
     _write_json(job.out / RUN_FILE, plain(report))
@@ -165,7 +185,15 @@ def _check_model(job: GlueJob) -> None:
     refuse_compressed(job.source.config, job.source.name)
     skeleton = job.source.skeleton()
     found = find_ffns(skeleton)
-    check_plan(found, shapes_of(skeleton, found), job.recipe)
+    shapes = shapes_of(skeleton, found)
+    if isinstance(job.way, Recipe):
+        check_plan(found, shapes, job.way)
+    elif isinstance(job.way, Movement):
+        job.way.window(steps_of(job.recovery, len(job.data.train)))
+        everything = load_recipe(ALL_NEURONS).methods_for(len(shapes))
+        budgets_for({ffn.name: ffn.spec for ffn in make_plan(found.sites, shapes, everything).ffns}, job.way)
+    else:
+        check_student(job.way, job.source)
 
 
 @dataclass
@@ -182,11 +210,12 @@ class _Seed:
         return self.job.out / f"seed-{self.seed}"
 
     def run(self) -> dict[str, Any]:
-        return {
-            "dense": self._phase("dense", self._make_dense),
-            "compressed": self._phase("compressed", self._make_compressed),
-            "recovered": self._phase("recovered", self._make_recovered),
+        make: dict[Phase, Callable[[Path], dict[str, Any]]] = {
+            "dense": self._make_dense,
+            "compressed": self._make_compressed,
+            "recovered": self._make_recovered,
         }
+        return {phase: self._phase(phase, make[phase]) for phase in self.job.phases}
 
     def _phase(self, phase: Phase, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The phase's record; what is there already is not made again."""
@@ -220,11 +249,16 @@ class _Seed:
 
     def _make_compressed(self, target: Path) -> dict[str, Any]:
         job = self.job
+        if isinstance(job.way, Source):
+            student = load_student(job.way, job.data, self._load("dense"))
+            self._write(student, target, Path(job.way.location))
+            return {}
+        assert isinstance(job.way, Recipe)
         journal = self.folder / "compressed.ffsplit-journal"
         result = compress(
             self._load("dense").cpu(),
             self.tokenizer,
-            recipe=job.recipe,
+            recipe=job.way,
             calibration=calibration_batches(self.encoded["train"], job.calibration),
             device=job.device,
             seed=self.seed,
@@ -236,14 +270,35 @@ class _Seed:
         return {"budget": result.report["budget"]}
 
     def _make_recovered(self, target: Path) -> dict[str, Any]:
-        model, settings = self._load("compressed"), self.job.recovery
-        taught = settings.distill > 0 or settings.hidden > 0
-        facts = self._tune("recovered", model, settings, self._load("dense") if taught else None)
+        settings = self.job.recovery
+        teacher = self._load("dense") if settings.distill > 0 or settings.hidden > 0 else None
+        if isinstance(self.job.way, Movement):
+            return self._make_narrower(target, self.job.way, teacher)
+        model = self._load("compressed")
+        facts = self._tune("recovered", model, settings, teacher)
         self._write(model, target, self.folder / "compressed")
         return facts
 
+    def _make_narrower(self, target: Path, movement: Movement, teacher: PreTrainedModel | None) -> dict[str, Any]:
+        job, model = self.job, self._load("dense").cpu()
+        sizes = linear_parameters(model), size_of(model).parameters
+        texts = calibration_batches(self.encoded["train"], 1)  # nothing is fitted
+        result = compress(model, self.tokenizer, recipe=ALL_NEURONS, calibration=texts, device=job.device)
+        model = result.model.to(job.device)
+        facts = self._tune("recovered", model, job.recovery, teacher, movement)
+        plan = result.plan.with_specs({name: module.spec for name, module in sums_of(model).items()})
+        made = {"masks": asdict(movement), **facts}
+        report = {**result.report, "budget": budget_of(plan, *sizes), "fine_tuning": made}
+        save(replace(result, model=model.cpu(), plan=plan, report=plain(report)), target)
+        return {"budget": report["budget"], **facts}
+
     def _tune(
-        self, phase: Phase, model: PreTrainedModel, settings: TuneSettings, teacher: PreTrainedModel | None
+        self,
+        phase: Phase,
+        model: PreTrainedModel,
+        settings: TuneSettings,
+        teacher: PreTrainedModel | None,
+        movement: Movement | None = None,
     ) -> dict[str, Any]:
         identity = hashlib.sha256(json.dumps(self.job.identity(), sort_keys=True).encode()).hexdigest()
         hooks = Hooks(
@@ -260,11 +315,12 @@ class _Seed:
             replace(settings, seed=self.seed),
             teacher=teacher,
             hooks=hooks,
+            movement=movement,
         )
         return {"training": asdict(trained)}
 
     def _write(self, model: PreTrainedModel, target: Path, compressed: Path | None) -> None:
-        """A checkpoint with the structure files of the one that it was trained from."""
+        """A checkpoint with the structure files of the one that it was trained or made from."""
         with staged(target) as staging:
             model.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
