@@ -78,12 +78,16 @@ def test_the_map_is_dense_where_the_budget_reaches_and_low_rank_elsewhere() -> N
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("down_bias", [True, False])
 @pytest.mark.parametrize("heavy", [None, 0.2, 5, 0])
-def test_the_smallest_keep_that_an_error_names_works(bias: bool, down_bias: bool, heavy: float | None) -> None:
+@pytest.mark.parametrize("align", [1, 8])
+def test_the_smallest_keep_that_an_error_names_works(
+    bias: bool, down_bias: bool, heavy: float | None, align: int
+) -> None:
     shape = FFNShape(16, 40, gated=True, down_bias=down_bias)
     with pytest.raises(BudgetError, match=r"smallest\s+reachable keep is") as refused:
-        heavy_and_map(shape, 0.001, heavy, bias=bias)
+        heavy_and_map(shape, 0.001, heavy, bias=bias, align=align)
     named = float(str(refused.value).split("keep is ")[1].split()[0].rstrip("."))
-    spec = heavy_and_map(shape, named + 6e-5, heavy, bias=bias)
+    spec = heavy_and_map(shape, named + 6e-5, heavy, bias=bias, align=align)
+    assert spec.neurons % align == 0
     assert spec.parameters <= (named + 6e-5) * shape.parameters
     assert spec.bias == bias
 

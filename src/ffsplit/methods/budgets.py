@@ -164,23 +164,57 @@ def align_up(width: int, align: int, d_ff: int) -> int:
     return min(-(-width // align) * align, d_ff)
 
 
-def rank_for(shape: FFNShape, heavy: int, parameters: int) -> int:
+def to_nearest(count: int, align: int, d_ff: int) -> int:
+    """The nearest multiple of ``align`` that is not 0 unless ``count`` is, or all ``d_ff`` neurons."""
+    return min(max(round(count / align), min(count, 1)) * align, d_ff)
+
+
+def rank_for(shape: FFNShape, heavy: int, parameters: int, align: int = 1) -> int:
     """The largest common rank of the rest's matrices when ``heavy`` neurons stay dense.
 
+    Args:
+        shape: of the dense FFN.
+        heavy: neurons that stay dense.
+        parameters: how many may be stored.
+        align: what the rank is a multiple of, unless it is the whole rank.
+
     Raises:
-        BudgetError: not even rank 1 fits.
+        BudgetError: not even rank ``align`` fits.
     """
     rest = shape.d_ff - heavy
     fixed = shape.d_model * shape.down_bias + rest * shape.neuron_biases + heavy * shape.neuron_parameters
     per_rank = shape.matrices * (rest + shape.d_model)
-    rank = (parameters - fixed) // per_rank
+    whole = min(rest, shape.d_model)
+    fits = min((parameters - fixed) // per_rank, whole)
+    rank = fits if fits == whole else fits // align * align
     if rank < 1:
-        smallest = (fixed + per_rank) / shape.parameters
+        smallest = (fixed + min(align, max(whole, 1)) * per_rank) / shape.parameters
         raise BudgetError(
             f"keep leaves no rank for the rest beside {heavy} dense heavy neurons of d_ff={shape.d_ff}; the smallest "
             f"reachable keep is {smallest:.4f} (or lower `heavy`)"
         )
-    return min(rank, rest, shape.d_model)
+    return rank
+
+
+def heavy_beside_rank(shape: FFNShape, heavy: int, rank: int, parameters: int, align: int) -> int:
+    """Heavy neurons once what the rounded rank left is spent on more of them, ``align`` at a time.
+
+    Args:
+        shape: of the dense FFN.
+        heavy: neurons that stay dense anyway, which fit.
+        rank: of the matrices of all others.
+        parameters: how many may be stored.
+        align: how many neurons are added at a time.
+    """
+    used = sum_spec(
+        shape,
+        [dense_branch_spec(shape, heavy), low_rank_branch_spec(shape, shape.d_ff - heavy, rank)],
+        bias=shape.down_bias,
+    ).parameters
+    # A neuron that becomes heavy takes its row out of the low-rank factors.
+    cost = shape.matrices * max(shape.d_model - rank, 1)
+    more = min((parameters - used) // cost, shape.d_ff - heavy - rank)
+    return heavy + max(more // align, 0) * align
 
 
 def average_bits(spec: SumSpec, shape: FFNShape) -> float:

@@ -18,12 +18,14 @@ from ffsplit.methods.budgets import (
     FLOAT_BITS,
     average_bits,
     dense_branch_spec,
+    heavy_beside_rank,
     heavy_count,
     keep_budget,
     low_rank_branch_spec,
     packed_branch_spec,
     rank_for,
     sum_spec,
+    to_nearest,
 )
 from ffsplit.methods.compressors import SVD, WHITENED, Compressor, Rounding
 from ffsplit.methods.heavy_map import heavy_and_map
@@ -57,6 +59,8 @@ class FFSplitConfig(MethodConfig):
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down`, the heavy part absorbing the error of the rest. The paper has none.
         ridge: pull of that fit to the old weights.
+        align: with a low-rank or linear rest, the heavy count and the rank are multiples of this (hardware likes 64 or
+            128): the count is rounded, the rank rounded down, and what that leaves goes to more heavy neurons.
 
     Raises (through pydantic): a value out of range, both or neither of the budgets, or a rest that does not fit the
     budget's kind.
@@ -77,6 +81,7 @@ class FFSplitConfig(MethodConfig):
     polish: int = Field(3, ge=0)
     refit: bool = True
     ridge: float = Field(1e-3, ge=0)
+    align: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> FFSplitConfig:
@@ -94,6 +99,11 @@ class FFSplitConfig(MethodConfig):
             raise ValueError("heavy_bits below 16 needs the bits budget")
         if self.compressor == "linear" and not self.refit:
             raise ValueError("rest='linear' is itself a least-squares fit; it needs refit: true")
+        if self.align != 1 and (low_bit or self.compressor in BLOCKWISE):
+            raise ValueError(
+                f"align={self.align} goes with rest svd, whitened or linear; rest={self.compressor!r} has its own grid "
+                f"({'group' if low_bit else 'blocks'})"
+            )
         if self.heavy is not None and self.heavy >= 1 and self.heavy != int(self.heavy):
             raise ValueError("heavy is a share below 1 or a whole number of neurons")
         if self.heavy_bits is not None and 8 < self.heavy_bits < FLOAT_BITS:
@@ -127,14 +137,19 @@ def structure(shape: FFNShape, config: FFSplitConfig) -> SumSpec:
     if config.keep is None:
         return _low_bit_structure(shape, config)
     if config.compressor == "linear":
-        return heavy_and_map(shape, config.keep, config.heavy, bias=shape.down_bias)
+        return heavy_and_map(shape, config.keep, config.heavy, bias=shape.down_bias, align=config.align)
     budget = keep_budget(shape, config.keep)
-    share = DEFAULT_HEAVY[config.compressor] * config.keep if config.heavy is None else config.heavy
-    heavy = heavy_count(shape, share)
+    if config.heavy is None:
+        heavy = heavy_count(shape, DEFAULT_HEAVY[config.compressor] * config.keep) // config.align * config.align
+    else:
+        heavy = to_nearest(heavy_count(shape, config.heavy), config.align, shape.d_ff)
     if config.compressor == "block-dense" or config.compressor == "monarch":
         rest = blockwise_branch_spec(config.compressor, shape, heavy, config.blocks, budget)
     else:
-        rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank_for(shape, heavy, budget))
+        rank = rank_for(shape, heavy, budget, config.align)
+        if config.align > 1:
+            heavy = heavy_beside_rank(shape, heavy, rank, budget, config.align)
+        rest = low_rank_branch_spec(shape, shape.d_ff - heavy, rank)
     return sum_spec(shape, [dense_branch_spec(shape, heavy), rest], bias=shape.down_bias)
 
 

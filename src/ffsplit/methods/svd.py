@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from ffsplit.calibrate.layer import LayerData
 from ffsplit.ffn.shape import FFNShape
@@ -17,9 +18,14 @@ from ffsplit.methods.registry import KeepConfig, method
 
 
 class SVDConfig(KeepConfig):
-    """Nothing to set but the budget."""
+    """Nothing to set but the budget and what hardware likes.
+
+    Attributes:
+        align: the rank is a multiple of this, rounded down (hardware likes 64 or 128).
+    """
 
     method: Literal["svd"] = "svd"
+    align: int = Field(default=1, ge=1)
 
     @property
     def needs_data(self) -> bool:
@@ -28,7 +34,7 @@ class SVDConfig(KeepConfig):
 
 def structure(shape: FFNShape, config: SVDConfig) -> SumSpec:
     """One low-rank branch of all neurons, the same rank for every matrix."""
-    rank = rank_for(shape, 0, keep_budget(shape, config.keep))
+    rank = rank_for(shape, 0, keep_budget(shape, config.keep), config.align)
     return sum_spec(shape, [low_rank_branch_spec(shape, shape.d_ff, rank)], bias=shape.down_bias)
 
 
