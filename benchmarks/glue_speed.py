@@ -1,179 +1,195 @@
 """Whole-encoder speed at the budgets of ``benchmarks/glue.py``: SVD, FFSplit and pruned models beside the dense one.
 
 Weights are random, shapes and forwards are those of real results. Sequence length 128, batch 1 and 32; all models take
-turns in one process, medians. On an accelerator every forward is also timed as a recorded graph, so that the times hold
-no Python. The variant without FFNs is the limit.
+turns in one process, medians. The variant without FFNs is the limit. Widths and ranks are multiples of ``--align``,
+budgets are met from below. MPNet's relative positions are made once, for the dense model as for the others.
 
-    python benchmarks/glue_speed.py [--device cuda] [--dtype float32] [--out glue-speed-cpu]
+On an accelerator every forward is also timed as a recorded graph, so that the times hold no Python, and with
+``--compile`` as a graph of compiled layers. What cannot be recorded or compiled stays in the results, with the reason.
+
+    python benchmarks/glue_speed.py
+    python benchmarks/glue_speed.py --device cuda --dtype float32,tf32,float16 [--compile] [--budgets 43.1]
+    python benchmarks/glue_speed.py --runtime onnx
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import time
-from collections.abc import Callable
-from functools import partial
+import os
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from _common import RESULTS, minilm, mpnet_folder, write_result
-from ffsplit.bench.graphs import can_capture, captured
-from ffsplit.budget.registry import entry_config
-from ffsplit.families import find_ffns, read
-from ffsplit.families.site import FFNSite
-from ffsplit.families.surgery import activation, originals, replace, restore
-from ffsplit.ffn.made_up import fill
-from ffsplit.ffn.shape import FFNShape
-from ffsplit.ffn.sum import SumFFN
-from ffsplit.methods.registry import get_method
+from _glue_torch import Column, CompileBudget, Timed, times
+from _glue_variants import Variant, reuse_position_bias, variants_of
+from ffsplit.bench.graphs import can_capture
 from ffsplit.provenance import provenance
-from ffsplit.timing import medians, synchronize
 from ffsplit.train.loop import precise
-from glue import WAYS, keep_of
 
 ENCODERS = {"mpnet": mpnet_folder, "minilm": minilm}
-VARIANTS = ("svd", "ffsplit", "prune", "ffsplit-linear")
 BUDGETS = ("43.1", "70")
 BATCHES, SEQ_LEN = (1, 32), 128
-Modules = dict[str, nn.Module]
+DTYPES = ("float32", "tf32", "float16", "bfloat16")
+ALIGN = 64
+"""Of widths and ranks on accelerators, whose matrix units work in tiles."""
+Row = dict[str, Any]
 
 
-def made(model: PreTrainedModel, sites: tuple[FFNSite, ...], way: str, keep: float) -> tuple[Modules, float]:
-    """Sums of a method's structure with random numbers, by path, and the share of FFN parameters that they have."""
-    recipe = WAYS[way].recipe
-    assert recipe is not None
-    config = entry_config({**recipe["method"], "keep": keep})
-    modules: Modules = {}
-    stored = dense = 0
-    before = {path: module for site in sites for path, module in originals(model, site).items()}
-    for site in sites:
-        shape = FFNShape.of(read(model, site))
-        spec = get_method(config.method).plan(shape, config)
-        if way == "prune":
-            narrow(model, site, spec.neurons)
-        else:
-            ffn = SumFFN.empty(spec, activation(model, site), model.dtype, model.device)
-            fill(ffn)
-            replace(model, site, ffn.eval())
-        modules |= originals(model, site)
-        stored, dense = stored + spec.parameters, dense + shape.parameters
-    restore(model, before)
-    return modules, stored / dense
-
-
-def narrow(model: PreTrainedModel, site: FFNSite, width: int) -> None:
-    """A pruned FFN as it is saved: the model's own modules with fewer neurons."""
-    restore(model, {path: copy.deepcopy(module) for path, module in originals(model, site).items()})
-    place = {"device": model.device, "dtype": model.dtype}
-    model.set_submodule(site.up, nn.Linear(site.d_model, width, **place))
-    model.set_submodule(site.down, nn.Linear(width, site.d_model, **place))
-
-
-class Nothing(nn.Module):
-    """An FFN that takes no time."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-def timer(work: Callable[[], object], device: torch.device, repeats: int) -> Callable[[], float]:
-    def measure() -> float:
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        synchronize(device)
-        return (time.perf_counter() - started) / repeats
-
-    return measure
-
-
-def measures(
-    model: PreTrainedModel, variants: dict[str, Modules], ids: torch.Tensor, repeats: int, *, graph: bool
-) -> list[Callable[[], float]]:
-    found = []
-    for modules in variants.values():
-        restore(model, modules)
-
-        def work(modules: Modules = modules) -> object:
-            restore(model, modules)
-            return model(input_ids=ids)
-
-        if graph:
-            work = captured(partial(model, input_ids=ids), ids.device)
-        found.append(timer(work, ids.device, repeats))
-    return found
-
-
-def encoder_rows(encoder: str, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+def built(encoder: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """An encoder of random numbers."""
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.from_pretrained(ENCODERS[encoder]())).to(device, dtype).eval()
-    sites = find_ffns(model).sites
-    variants: dict[str, Modules] = {"dense": {path: m for site in sites for path, m in originals(model, site).items()}}
-    keeps = {"dense": 1.0, "none": 0.0}
-    for budget in BUDGETS:
-        for way in VARIANTS:
-            name = f"{way} {budget}"
-            variants[name], keeps[name] = made(model, sites, way, keep_of(model, encoder, budget))
-    for site in sites:
-        replace(model, site, Nothing())
-    variants["none"] = {path: module for site in sites for path, module in originals(model, site).items()}
-    rows = []
+    model = AutoModel.from_config(AutoConfig.from_pretrained(ENCODERS[encoder]()))
+    return model.to(device, dtype).eval()  # type: ignore[no-any-return]
+
+
+def token_ids(batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    return (5 + torch.arange(batch * SEQ_LEN, device=device) * 7 % 50).view(batch, SEQ_LEN)
+
+
+def columns(batches: Sequence[int], *, graph: bool, compiled: bool) -> list[Column]:
+    """The quick ones first, so that a run that is cut off loses the compiled ones."""
+    plain = [Column(batch, recorded) for recorded in ((False, True) if graph else (False,)) for batch in batches]
+    return plain + [Column(batch, graph, True) for batch in batches if compiled]
+
+
+def rows_of(encoder: str, column: Column, variants: Sequence[Variant], found: Sequence[Timed]) -> Iterator[Row]:
+    """A row for every variant, those that failed included."""
+    dense = found[0].seconds
+    for variant, timed in zip(variants, found, strict=True):
+        row: Row = {
+            "encoder": encoder,
+            "batch": column.batch,
+            "graph": column.graph,
+            "compiled": column.compiled,
+            "variant": variant.name,
+            "keep_ffn": variant.keep,
+            "structure": variant.structure,
+        }
+        if timed.seconds is None:
+            row["failed"] = timed.failed
+        else:
+            row["milliseconds"] = 1000 * timed.seconds
+            row["speed"] = None if dense is None else dense / timed.seconds
+        if timed.compile_seconds is not None:
+            row["compile_seconds"] = timed.compile_seconds
+        print(told(row, column.title), flush=True)
+        yield row
+
+
+def told(row: Row, column: str) -> str:
+    head = f"{row['encoder']} {column:28s} {row['variant']:20s} keep {row['keep_ffn']:.3f}"
+    if "failed" in row:
+        return f"{head} {row['failed']}"
+    speed = "" if row["speed"] is None else f" x{row['speed']:.2f}"
+    return f"{head} {row['milliseconds']:9.3f} ms{speed}"
+
+
+def torch_rows(encoder: str, device: torch.device, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Row]:
+    model = built(encoder, device, dtype)
+    reuse_position_bias(model)
+    variants = variants_of(model, encoder, options.budgets, options.align)
+    compiling = CompileBudget(options.compile_seconds)
     with torch.inference_mode():
-        for batch in BATCHES:
-            ids = (5 + torch.arange(batch * SEQ_LEN, device=device) * 7 % 50).view(batch, SEQ_LEN)
-            for graph in (False, True) if can_capture(device) else (False,):
-                repeats = 1 if device.type == "cpu" else 10
-                try:
-                    turns = measures(model, variants, ids, repeats, graph=graph)
-                except RuntimeError as error:
-                    print(f"{encoder} batch {batch}: no graph can be recorded: {error}", flush=True)
-                    continue
-                seconds = medians(turns, rounds, warmup=2)
-                for name, taken in zip(variants, seconds, strict=True):
-                    rows.append(
-                        {
-                            "encoder": encoder,
-                            "batch": batch,
-                            "graph": graph,
-                            "variant": name,
-                            "keep_ffn": keeps[name],
-                            "milliseconds": 1000 * taken,
-                            "speed": seconds[0] / taken,
-                        }
-                    )
-                    print(
-                        f"{encoder} batch {batch:2d} {'graph' if graph else 'eager'} {name:20s} keep {keeps[name]:.3f} "
-                        f"{1000 * taken:9.3f} ms x{seconds[0] / taken:.2f}",
-                        flush=True,
-                    )
-    return rows
+        for column in columns(options.batches, graph=can_capture(device), compiled=options.compile):
+            ids = token_ids(column.batch, device)
+            found = times(model, variants, ids, column, options.rounds, compiling)
+            yield from rows_of(encoder, column, variants, found)
+
+
+def onnx_rows(encoder: str, options: argparse.Namespace) -> Iterator[Row]:
+    from _glue_onnx import Exported
+    from _glue_onnx import times as onnx_times
+
+    model = built(encoder, torch.device("cpu"), torch.float32)
+    variants = variants_of(model, encoder, options.budgets, options.align)
+    with Exported(model, variants, torch.get_num_threads()) as exported:
+        for batch in options.batches:
+            found = onnx_times(exported, token_ids(batch), options.rounds)
+            yield from rows_of(encoder, Column(batch), variants, found)
+
+
+def written(name: str, options: argparse.Namespace, dtype: str, device: torch.device) -> None:
+    """Time everything in one dtype; the file is written after every encoder."""
+    document: dict[str, Any] = {
+        "benchmark": "glue-speed",
+        "runtime": options.runtime,
+        "device": device.type,
+        "dtype": dtype,
+        "seq_len": SEQ_LEN,
+        "align": options.align,
+        "rounds": options.rounds,
+        "load_average": {"before": os.getloadavg()},
+        "rows": [],
+    }
+    if options.runtime == "onnx":
+        document["packages"] = {package: metadata.version(package) for package in ("onnx", "onnxruntime")}
+    with precise("tf32" if dtype == "tf32" else "float32"):
+        for encoder in options.encoders:
+            if options.runtime == "onnx":
+                rows = onnx_rows(encoder, options)
+            else:
+                rows = torch_rows(encoder, device, getattr(torch, "float32" if dtype == "tf32" else dtype), options)
+            document["rows"] += rows
+            document["provenance"] = provenance(seed=0)
+            document["load_average"]["after"] = os.getloadavg()
+            write_result(name, document, options.folder)
+
+
+def result_name(out: str | None, runtime: str, device: torch.device, dtype: str, *, only: bool) -> str:
+    """``glue-speed-cpu``, ``glue-speed-onnx-cpu``, ``glue-speed-gpu-float16``; a name that is given is taken as it is.
+
+    Several dtypes and accelerators have the dtype at the end of the name.
+    """
+    if out is not None:
+        return out if only else f"{out}-{dtype}"
+    if device.type != "cpu":
+        return f"glue-speed-gpu-{dtype}"
+    name = "glue-speed-onnx-cpu" if runtime == "onnx" else "glue-speed-cpu"
+    return name if dtype == "float32" else f"{name}-{dtype}"
+
+
+def listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", default="torch", choices=("torch", "onnx"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", type=listed, default=["float32"], help=f"any of {', '.join(DTYPES)}")
+    parser.add_argument("--encoders", type=listed, default=list(ENCODERS))
+    parser.add_argument("--budgets", type=listed, default=list(BUDGETS))
+    parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=list(BATCHES))
+    parser.add_argument("--align", type=int, help=f"of widths and ranks; {ALIGN} on accelerators, 1 on CPUs")
+    parser.add_argument("--compile", action="store_true", help="also with every layer compiled")
+    parser.add_argument("--compile-seconds", type=float, default=240, help="for all variants of an encoder together")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", help="name of the results file")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    for name, known in (("dtype", DTYPES), ("encoders", ENCODERS), ("budgets", BUDGETS)):
+        if unknown := [one for one in getattr(options, name) if one not in known]:
+            parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(known)}")
+    if options.runtime == "onnx" and (options.device != "cpu" or options.dtype != ["float32"] or options.compile):
+        parser.error("--runtime onnx runs float32 on the CPU and compiles nothing")
+    if options.align is None:
+        options.align = 1 if torch.device(options.device).type == "cpu" else ALIGN
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "tf32", "float16", "bfloat16"))
-    parser.add_argument("--encoders", default="mpnet,minilm")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", default="glue-speed-cpu")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = options_of()
     transformers.utils.logging.set_verbosity_error()
     device = torch.device(options.device)
-    dtype = getattr(torch, "float32" if options.dtype == "tf32" else options.dtype)
-    document: dict[str, Any] = {"benchmark": "glue-speed", "dtype": options.dtype, "seq_len": SEQ_LEN, "rows": []}
-    with precise("tf32" if options.dtype == "tf32" else "float32"):
-        for encoder in options.encoders.split(","):
-            document["rows"] += encoder_rows(encoder, device, dtype, options.rounds)
-            document["provenance"] = provenance(seed=0)
-            write_result(options.out, document, options.folder)
+    for dtype in options.dtype:
+        name = result_name(options.out, options.runtime, device, dtype, only=len(options.dtype) == 1)
+        written(name, options, dtype, device)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,17 @@ WAYS = {
     "best-linear": "FFSplit (OBS heavy, linear rest), drift repair + distillation",
     "svd-distilled": "plain SVD + distillation",
 }
+# Shares of heavy neurons, everything else equal.
+SWEEP = {
+    "0 %": "heavy-0",
+    "1 %": "heavy-0.01",
+    "3 %": "heavy-0.03",
+    "5 %": "heavy-0.05",
+    "10 %": "ffsplit",
+    "25 %": "heavy-0.25",
+    "10 % at random": "heavy-random",
+}
+SWEPT = ("stsb", "43.1")
 Key = tuple[str, str, str, str]
 Rows = dict[Key, list[dict[str, Any]]]
 
@@ -52,7 +63,19 @@ def read() -> Rows:
         document = json.loads(file.read_text(encoding="utf-8"))
         for row in document["rows"] if document["benchmark"] == "glue" else ():
             found[row["encoder"], row["task"], row["budget"], row["way"]][row["seed"]] = row
+    lost = [" ".join(key) for key in found if not has_place(*key)]
+    if lost:
+        raise SystemExit(f"no table has a place for {', '.join(lost)}")
     return {key: [rows[seed] for seed in sorted(rows)] for key, rows in found.items()}
+
+
+def has_place(encoder: str, task: str, budget: str, way: str) -> bool:
+    """Whether a row is shown somewhere."""
+    if encoder not in ENCODERS or task not in TASKS:
+        return False
+    if way.startswith("dense"):
+        return budget == "dense" and way in WAYS
+    return ((encoder, budget) in BUDGETS and way in WAYS) or ((task, budget) == SWEPT and way in SWEEP.values())
 
 
 def figure(rows: list[dict[str, Any]] | None, scores: str = "scores") -> str:
@@ -92,37 +115,89 @@ def sweep(rows: Rows) -> list[str]:
     """The share of heavy neurons, everything else equal."""
     lines: list[str] = []
     for encoder, title in ENCODERS.items():
-        names = [("0 %", "heavy-0"), ("1 %", "heavy-0.01"), ("3 %", "heavy-0.03"), ("5 %", "heavy-0.05"),
-                 ("10 %", "ffsplit"), ("25 %", "heavy-0.25"), ("10 % at random", "heavy-random")]  # fmt: skip
-        there = [(share, rows.get((encoder, "stsb", "43.1", way))) for share, way in names]
-        if sum(found is not None for _, found in there) < 2:
+        there = {share: rows.get((encoder, *SWEPT, way)) for share, way in SWEEP.items()}
+        if not any(found for share, found in there.items() if SWEEP[share] not in WAYS):
             continue
         lines += [f"**{title}, STS-B, the share of heavy neurons beside a plain low-rank rest, same budget**", ""]
         lines += ["| heavy | before fine-tuning again | after |", "|---|---|---|"]
         lines += [
-            f"| {share} | {figure(found, 'scores_before_training')} | {figure(found)} |" for share, found in there
+            f"| {share} | {figure(found, 'scores_before_training')} | {figure(found)} |"
+            for share, found in there.items()
         ]
         lines += [""]
     return lines
 
 
 def speed() -> list[str]:
-    """Whole-encoder speed against dense in the same run."""
+    """Whole-encoder speed against dense in the same run, a table for every file and encoder."""
     lines: list[str] = []
     for file in sorted(RESULTS.glob("glue-speed-*.json")):
         document = json.loads(file.read_text(encoding="utf-8"))
-        hardware = document["provenance"]["hardware"]
-        place = hardware["accelerator"] if "gpu" in file.stem else f"CPU, {hardware['threads']} thread(s)"
-        columns = sorted({(row["encoder"], row["batch"], row["graph"]) for row in document["rows"]}, key=str)
-        shown = [f"{ENCODERS[e]}, batch {b}{', graph' if g else ''}" for e, b, g in columns]
-        lines += [f"**{place}, {document['dtype']}, sequence length {document['seq_len']}, times dense**", ""]
-        lines += [f"| variant | {' | '.join(shown)} |", "|---" * (len(columns) + 1) + "|"]
-        speeds = {(r["variant"], (r["encoder"], r["batch"], r["graph"])): r["speed"] for r in document["rows"]}
-        for variant in dict.fromkeys(row["variant"] for row in document["rows"]):
-            cells = [f"{speeds[variant, c]:.2f}" if (variant, c) in speeds else "-" for c in columns]
-            lines.append(f"| {variant.replace('none', 'no FFN (the limit)')} | {' | '.join(cells)} |")
-        lines += [""]
+        for encoder in dict.fromkeys(row["encoder"] for row in document["rows"]):
+            rows = [row for row in document["rows"] if row["encoder"] == encoder]
+            lines += [f"**{ENCODERS[encoder]}, {circumstances(document)}, times dense**", "", *speeds(rows), ""]
     return lines
+
+
+def circumstances(document: dict[str, Any]) -> str:
+    """Where a file's times were taken; files of before there were other runtimes are of torch."""
+    hardware = document["provenance"]["hardware"]
+    place = hardware["accelerator"] or f"CPU, {hardware['threads']} thread(s)"
+    runtime = {"torch": "torch", "onnx": "ONNX Runtime"}[document.get("runtime", "torch")]
+    return f"{place}, {runtime}, {document['dtype']}, sequence length {document['seq_len']}"
+
+
+def column_of(row: dict[str, Any]) -> tuple[int, bool, bool]:
+    return row["batch"], row["graph"], row.get("compiled", False)
+
+
+def column_title(column: tuple[int, bool, bool]) -> str:
+    batch, graph, compiled = column
+    how = f", {'compiled ' * compiled}graph" if graph else ", compiled" * compiled
+    return f"batch {batch}{how}"
+
+
+def speeds(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for every variant and a column for every way of running; what failed is told below."""
+    columns = sorted({column_of(row) for row in rows})
+    lines = [f"| variant | FFN kept | {' | '.join(map(column_title, columns))} |", "|---" * (len(columns) + 2) + "|"]
+    by_place = {(row["variant"], column_of(row)): row for row in rows}
+    kept = {row["variant"]: row["keep_ffn"] for row in rows}
+    for variant, keep in kept.items():
+        cells = [f"{keep:.3f}", *(cell(by_place.get((variant, column))) for column in columns)]
+        lines.append(f"| {'no FFN (the limit)' if variant == 'none' else variant} | {' | '.join(cells)} |")
+    return [*lines, *failures(rows)]
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Times dense; of dense itself also the milliseconds, with which columns compare."""
+    if row is None:
+        return "-"
+    if "failed" in row:
+        return "failed"
+    shown = "?" if row["speed"] is None else f"{row['speed']:.2f}"
+    own_time = row["variant"] == "dense" or row["speed"] is None
+    taken = row["milliseconds"]
+    return (
+        f"{shown} ({taken:,.0f} ms)"
+        if own_time and taken >= 100
+        else f"{shown} ({taken:.3g} ms)"
+        if own_time
+        else shown
+    )
+
+
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    """Which variants failed in which column, by reason."""
+    found: dict[tuple[tuple[int, bool, bool], str], list[str]] = defaultdict(list)
+    for row in rows:
+        if "failed" in row:
+            found[column_of(row), row["failed"]].append(row["variant"])
+    return (
+        ["", *(f"Failed, {column_title(column)}: {', '.join(names)} ({why})" for (column, why), names in found.items())]
+        if found
+        else []
+    )
 
 
 def summary(rows: Rows) -> list[str]:
