@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from _glue_variants import Variant
 from ffsplit.bench.graphs import captured
 from ffsplit.families.surgery import restore
-from ffsplit.timing import medians, synchronize
+from ffsplit.timing import Clock, medians, synchronize
 
 TURN = 0.03
 """Seconds that a dense turn takes at least, in forwards."""
@@ -82,14 +82,20 @@ class _Ready:
 
 
 def times(
-    model: PreTrainedModel, variants: Sequence[Variant], ids: Tensor, column: Column, rounds: int, budget: CompileBudget
+    model: PreTrainedModel,
+    variants: Sequence[Variant],
+    ids: Tensor,
+    column: Column,
+    rounds: int,
+    budget: CompileBudget,
+    clock: Clock = time.perf_counter,
 ) -> list[Timed]:
     """The medians of all variants, which take turns; one that cannot be run does not stop the others."""
     with compiled_layers(model) if column.compiled else _as_it_is():
         ready = [_ready(model, variant, ids, column, budget) for variant in variants]
         runs = [one for one in ready if one.work is not None]
         repeats = _repeats(runs[0], ids.device) if runs else 1
-        found = iter(medians([_timer(one, ids.device, repeats) for one in runs], rounds, WARMUP))
+        found = iter(medians([_timer(one, ids.device, repeats, clock) for one in runs], rounds, WARMUP))
         return [Timed(next(found) if one.work is not None else None, one.compile_seconds, one.failed) for one in ready]
 
 
@@ -151,17 +157,17 @@ def _repeats(ready: _Ready, device: torch.device) -> int:
     return min(max(math.ceil(TURN / _timer(ready, device, 1)()), 1), MOST_REPEATS)
 
 
-def _timer(ready: _Ready, device: torch.device, repeats: int) -> Callable[[], float]:
+def _timer(ready: _Ready, device: torch.device, repeats: int, clock: Clock = time.perf_counter) -> Callable[[], float]:
     work = ready.work
     assert work is not None
 
     def measure() -> float:
         ready.before()
         synchronize(device)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(repeats):
             work()
         synchronize(device)
-        return (time.perf_counter() - started) / repeats
+        return (clock() - started) / repeats
 
     return measure

@@ -9,13 +9,18 @@ On an accelerator every forward is also timed as a recorded graph, so that the t
 
     python benchmarks/glue_speed.py
     python benchmarks/glue_speed.py --device cuda --dtype float32,tf32,float16 [--compile] [--budgets 43.1]
-    python benchmarks/glue_speed.py --runtime onnx
+    python benchmarks/glue_speed.py --runtime onnx [--graphs FOLDER]
+
+With ``--runtime onnx`` all variants are exported as ``ffsplit export --to onnx`` does and run in ONNX Runtime. Where
+other programs use the processor, ``--threads 1 --clock cpu`` leaves out the time in which they had it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +43,8 @@ BATCHES, SEQ_LEN = (1, 32), 128
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 ALIGN = 64
 """Of widths and ranks on accelerators, whose matrix units work in tiles."""
+QUICK = 5
+"""So many times the rounds for one sequence on a CPU, which is quick there and easily disturbed."""
 Row = dict[str, Any]
 
 
@@ -50,6 +57,13 @@ def built(encoder: str, device: torch.device, dtype: torch.dtype) -> PreTrainedM
 
 def token_ids(batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
     return (5 + torch.arange(batch * SEQ_LEN, device=device) * 7 % 50).view(batch, SEQ_LEN)
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def rounds_for(rounds: int, batch: int, device: torch.device) -> int:
+    return QUICK * rounds if device.type == "cpu" and batch == 1 else rounds
 
 
 def columns(batches: Sequence[int], *, graph: bool, compiled: bool) -> list[Column]:
@@ -98,19 +112,24 @@ def torch_rows(encoder: str, device: torch.device, dtype: torch.dtype, options: 
     with torch.inference_mode():
         for column in columns(options.batches, graph=can_capture(device), compiled=options.compile):
             ids = token_ids(column.batch, device)
-            found = times(model, variants, ids, column, options.rounds, compiling)
+            rounds = rounds_for(options.rounds, column.batch, device)
+            found = times(model, variants, ids, column, rounds, compiling, CLOCKS[options.clock])
             yield from rows_of(encoder, column, variants, found)
 
 
 def onnx_rows(encoder: str, options: argparse.Namespace) -> Iterator[Row]:
-    from _glue_onnx import Exported
-    from _glue_onnx import times as onnx_times
+    import _glue_onnx
 
     model = built(encoder, torch.device("cpu"), torch.float32)
     variants = variants_of(model, encoder, options.budgets, options.align)
-    with Exported(model, variants, torch.get_num_threads()) as exported:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.graphs or Path(temporary)
+        ready = _glue_onnx.sessions(
+            model, variants, folder, f"{encoder} align {options.align}", torch.get_num_threads()
+        )
         for batch in options.batches:
-            found = onnx_times(exported, token_ids(batch), options.rounds)
+            rounds = rounds_for(options.rounds, batch, model.device)
+            found = _glue_onnx.times(ready, token_ids(batch), rounds, CLOCKS[options.clock])
             yield from rows_of(encoder, Column(batch), variants, found)
 
 
@@ -124,6 +143,7 @@ def written(name: str, options: argparse.Namespace, dtype: str, device: torch.de
         "seq_len": SEQ_LEN,
         "align": options.align,
         "rounds": options.rounds,
+        "clock": options.clock,
         "load_average": {"before": os.getloadavg()},
         "rows": [],
     }
@@ -170,6 +190,11 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also with every layer compiled")
     parser.add_argument("--compile-seconds", type=float, default=240, help="for all variants of an encoder together")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="of the CPU; as many as torch takes by itself unless given")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: the processor's time, for one thread"
+    )
+    parser.add_argument("--graphs", type=Path, help="folder that keeps the ONNX graphs for the next run")
     parser.add_argument("--out", help="name of the results file")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -178,6 +203,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(known)}")
     if options.runtime == "onnx" and (options.device != "cpu" or options.dtype != ["float32"] or options.compile):
         parser.error("--runtime onnx runs float32 on the CPU and compiles nothing")
+    if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
+        parser.error("--clock cpu adds up the time of all threads: it goes with --threads 1, on the CPU")
     if options.align is None:
         options.align = 1 if torch.device(options.device).type == "cpu" else ALIGN
     return options
@@ -187,6 +214,8 @@ def main() -> None:
     options = options_of()
     transformers.utils.logging.set_verbosity_error()
     device = torch.device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     for dtype in options.dtype:
         name = result_name(options.out, options.runtime, device, dtype, only=len(options.dtype) == 1)
         written(name, options, dtype, device)

@@ -144,6 +144,8 @@ def circumstances(document: dict[str, Any]) -> str:
     hardware = document["provenance"]["hardware"]
     place = hardware["accelerator"] or f"CPU, {hardware['threads']} thread(s)"
     runtime = {"torch": "torch", "onnx": "ONNX Runtime"}[document.get("runtime", "torch")]
+    if document.get("clock") == "cpu":
+        place += ", processor time"
     return f"{place}, {runtime}, {document['dtype']}, sequence length {document['seq_len']}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from ffsplit.errors import ModelError
 from ffsplit.families.surgery import restore
 from ffsplit.ffn.projections import LowRankSpec
 from ffsplit.ffn.shape import FFNShape
@@ -134,6 +136,71 @@ def test_layers_are_compiled_for_their_column_only_and_within_its_seconds(
     assert "forward" not in vars(model.encoder.layer[0])
 
 
+def test_what_cannot_be_recorded_is_told_for_every_variant(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("bert")
+    own, variants = script("_glue_torch"), script("_glue_variants").variants_of(model, "minilm", ["70"], 1)
+    recorded: list[Any] = []
+
+    def record(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+        recorded.append(work().last_hidden_state)
+        if len(recorded) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return partial(recorded.append, None)
+
+    monkeypatch.setattr(own, "captured", record)
+    with torch.inference_mode():
+        found = own.times(model, variants, IDS, own.Column(2, graph=True), 1, own.CompileBudget(0))
+        restore(model, variants[0].modules)
+        assert torch.equal(recorded[0], model(input_ids=IDS).last_hidden_state)
+    assert [timed.failed for timed in found] == [
+        None,
+        "RuntimeError: operation not permitted when stream is capturing",
+        *[None] * (len(variants) - 2),
+    ]
+    outputs = [one for one in recorded if one is not None]
+    assert len(outputs) == len(variants)
+    assert not any(torch.equal(outputs[0], other) for other in outputs[1:]), "each recorded its own FFNs"
+    assert len(recorded) > len(variants), "what was recorded is what is timed"
+
+
+def test_exported_variants_take_turns_in_onnx_runtime(
+    script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tiny("mpnet")
+    own, variants = script("_glue_onnx"), script("_glue_variants").variants_of(model, "minilm", ["70"], 1)
+    split, none = variants[2], variants[-1]
+    export = own.export
+    written: list[str] = []
+
+    def but_none(model: nn.Module, target: Path) -> None:
+        written.append(target.name)
+        if target.name.endswith("none"):
+            raise ModelError("no graph of this")
+        export(model, target)
+
+    monkeypatch.setattr(own, "export", but_none)
+    with torch.inference_mode():
+        ready = own.sessions(model, [split, none], tmp_path, "mpnet", 1)
+        own.sessions(model, [split], tmp_path, "mpnet", 1)
+        found = own.times(ready, IDS, 1, time.perf_counter)
+        feed = {"input_ids": IDS.numpy(), "attention_mask": torch.ones_like(IDS).numpy()}
+        out = torch.from_numpy(ready[0].run(None, feed)[0])
+        restore(model, split.modules)
+        torch.testing.assert_close(out, model(input_ids=IDS).last_hidden_state, rtol=1e-3, atol=1e-4)
+    assert written == ["mpnet ffsplit 70", "mpnet none"], "a graph that is there is not written again"
+    assert [folder.name for folder in tmp_path.iterdir()] == ["mpnet ffsplit 70"]
+    assert [timed.failed for timed in found] == [None, "ModelError: no graph of this"]
+    assert [timed.seconds is None for timed in found] == [False, True]
+
+
+def test_one_sequence_is_timed_more_often_on_a_cpu(script: Script) -> None:
+    rounds_for = script("glue_speed").rounds_for
+    assert rounds_for(9, 1, torch.device("cpu")) == 45
+    assert rounds_for(9, 32, torch.device("cpu")) == rounds_for(9, 1, torch.device("cuda")) == 9
+
+
 def test_names_of_the_results(script: Script) -> None:
     name = script("glue_speed").result_name
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
@@ -154,7 +221,8 @@ def test_widths_are_aligned_on_accelerators(script: Script) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--dtype", "float8"], ["--encoders", "bert"], ["--runtime", "onnx", "--device", "cuda"]]
+    "arguments",
+    [["--dtype", "float8"], ["--encoders", "bert"], ["--runtime", "onnx", "--device", "cuda"], ["--clock", "cpu"]],
 )
 def test_what_cannot_be_timed_is_refused(script: Script, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -77,7 +77,7 @@ def export_onnx(model: str | Path, directory: str | Path, *, round_inputs: bool 
     told = notes(spec for _, spec in specs)
     loaded = source.load(torch.float32)
     with staged(target) as folder:
-        answers = _written(loaded, asked, folder)
+        answers = write_graph(loaded, asked, folder)
         allowed = LOOSE if _loose(specs) else EXACT
         difference, rounded = compared(folder / GRAPH, answers, allowed=allowed, round_inputs=round_inputs)
         _beside(source, loaded, folder)
@@ -89,7 +89,7 @@ def export_onnx(model: str | Path, directory: str | Path, *, round_inputs: bool 
     return done
 
 
-def _written(model: PreTrainedModel, asked: Signature, folder: Path) -> list[Case]:
+def write_graph(model: PreTrainedModel, asked: Signature, folder: Path) -> list[Case]:
     """Trace the model into the folder, after it has answered; it no longer runs afterwards."""
     model.eval().requires_grad_(False)
     if hasattr(model.config, "quantization_config"):
