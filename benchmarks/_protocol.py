@@ -70,16 +70,37 @@ class Protocol:
             "top1": both.agreement.top1,
         }
 
-    def write(self, out: Path, benchmark: str, rows: list[dict[str, Any]], **more: Any) -> None:
-        """Write the rows so far with all that it takes to repeat them."""
-        document = {
-            "benchmark": benchmark,
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What rows must have in common to stand in one file."""
+        return {
             "model": {"name": MODEL, "sha256": self.model_sha256},
             "protocol": {
                 "calibration": f"first {self.calibration.samples} windows of {SEQ_LEN} of WikiText-2 valid",
                 "evaluation": f"first {self.test.samples} windows of {SEQ_LEN}, stride {SEQ_LEN}",
                 "data": {windows.name: windows.sha256 for windows in (self.calibration, self.test, self.c4)},
             },
+        }
+
+    def kept(self, out: Path) -> list[dict[str, Any]]:
+        """The rows that are in ``out`` already, each with the provenance of its own run.
+
+        Raises:
+            SystemExit: the file is of another model or protocol.
+        """
+        if not out.is_file():
+            return []
+        document = json.loads(out.read_text(encoding="utf-8"))
+        if {key: document.get(key) for key in self.setting} != self.setting:
+            raise SystemExit(f"{out} is of another model or protocol: give another --out")
+        own = {"provenance": document["provenance"]}
+        return [own | row for row in document["rows"]]
+
+    def write(self, out: Path, benchmark: str, rows: list[dict[str, Any]], **more: Any) -> None:
+        """Write the rows so far with all that it takes to repeat them."""
+        document = {
+            "benchmark": benchmark,
+            **self.setting,
             **more,
             "dense": self.base,
             "rows": rows,

@@ -8,7 +8,10 @@ nowhere else in this project: ``pip install llmcompressor`` into an environment 
 Only the FFNs' linear layers are compressed. Groups are of 64: 128, the usual size, does not divide the 576 inputs of
 ``up`` and ``gate``, and llm-compressor refuses it. Every model is saved by the peer in float16 and loaded again; what
 is measured has the FFN weights that were loaded, and bits are those of the file. As in ``table.py`` all computing is in
-float32 and the rest of the model stays so.
+float32 and the rest of the model stays so, but for the norms before the FFNs: AWQ divides their weights by the scales
+of what they feed, and the file's are taken. A file in which anything else changed is refused.
+
+Rows of ``--out`` that this run does not measure stay there, so that the rows can be measured in several runs.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -43,6 +46,9 @@ from _protocol import Protocol, command_line, line
 from ffsplit.calibrate.tokens import TokenWindows
 
 FFN = r"re:.*\.mlp\.(gate|up|down)_proj$"
+FFN_WEIGHT = re.compile(r"\.mlp\.(gate|up|down)_proj\.weight$")
+NORM_WEIGHT = re.compile(r"\.post_attention_layernorm\.weight$")
+"""What scales of the FFNs' inputs are folded into."""
 GROUP = 64
 BITS_2_4 = 0.5 * (16 + 2)
 """Half the weights in 16 bits, each with a position of 2 bits."""
@@ -73,7 +79,12 @@ def gptq(bits: int, symmetric: bool = False) -> list[Modifier]:
 
 
 def awq(bits: int, symmetric: bool = False) -> list[Modifier]:
-    return [AWQModifier(), QuantizationModifier(config_groups=integers(bits, symmetric))]
+    """AWQ between the FFN and the norm before it: the default mappings are for attention too."""
+    mappings = [
+        AWQMapping(r"re:.*\.post_attention_layernorm$", [r"re:.*\.mlp\.gate_proj$", r"re:.*\.mlp\.up_proj$"]),
+        AWQMapping(r"re:.*\.mlp\.up_proj$", [r"re:.*\.mlp\.down_proj$"]),
+    ]
+    return [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=integers(bits, symmetric))]
 
 
 PEERS = [
@@ -111,8 +122,8 @@ def compressed(peer: Peer, dense: Path, protocol: Protocol) -> PreTrainedModel:
 
 
 def stored(model: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, float, float]:
-    """``dense`` with the FFNs that come back from the peer's file, their bits a weight there, and the share that is
-    not 0.
+    """``dense`` with what the peer's file has instead (see :func:`changed`), the FFNs' bits a weight in the file, and
+    the share of their weights that is not 0.
 
     The loaded weights go into plain layers: the peer's own would round them again in every forward.
     """
@@ -120,18 +131,39 @@ def stored(model: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> tupl
     model.to("cpu", torch.float16).save_pretrained(folder, save_compressed=True)
     packed = "quantization_config" in json.loads((folder / "config.json").read_text())
     how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-    found = {
-        name: value.to("cpu", torch.float32)
-        for name, value in loaded.state_dict().items()
-        if name.endswith("_proj.weight") and ".mlp." in name
-    }
-    wanted = {name for name in dense.state_dict() if name.endswith("_proj.weight") and ".mlp." in name}
-    if found.keys() != wanted:
-        raise SystemExit(f"the peer's file has other FFN weights: {sorted(found.keys() ^ wanted)[:4]}")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).state_dict()
+    found = changed({name: value.to("cpu", torch.float32) for name, value in loaded.items()}, dense.state_dict())
     dense.load_state_dict(found, strict=False)
-    numbers = sum(weight.numel() for weight in found.values())
-    return dense, 8 * ffn_bytes(folder) / numbers, sum(int(w.count_nonzero()) for w in found.values()) / numbers
+    weights = [value for name, value in found.items() if FFN_WEIGHT.search(name)]
+    numbers = sum(weight.numel() for weight in weights)
+    return dense, 8 * ffn_bytes(folder) / numbers, sum(int(w.count_nonzero()) for w in weights) / numbers
+
+
+def changed(loaded: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All FFN weights of the peer's model, and those norms before FFNs that it folded scales into.
+
+    Args:
+        loaded: state of the peer's model, in float32, read from a file in float16.
+        dense: state of the dense model, in float32.
+
+    Raises:
+        SystemExit: an FFN weight is missing, or the peer changed something else by more than rounding to float16. Such
+            a change undoes one in an FFN, and to leave it out would spoil the peer's model.
+    """
+    ffns = {name for name in dense if FFN_WEIGHT.search(name)}
+    if missing := ffns - loaded.keys():
+        raise SystemExit(f"the peer's file lacks FFN weights: {sorted(missing)[:4]}")
+    # A packed layer keeps its scales and zeros beside the weight, and they have gone into it.
+    others = {name: value for name, value in loaded.items() if ".mlp." not in name}
+    moved = {name for name, value in others.items() if name not in dense or not same(value, dense[name])}
+    if unknown := sorted(name for name in moved if name not in dense or not NORM_WEIGHT.search(name)):
+        raise SystemExit(f"the peer changed more than FFNs and the norms before them: {unknown[:4]}")
+    return {name: loaded[name] for name in ffns | moved}
+
+
+def same(loaded: Tensor, dense: Tensor) -> bool:
+    """Whether nothing but rounding to float16 lies between two tensors."""
+    return torch.equal(loaded, dense.to(torch.float16).float())
 
 
 def ffn_bytes(folder: Path) -> int:
@@ -164,13 +196,15 @@ def row_of(peer: Peer, dense: Path, protocol: Protocol, device: str) -> dict[str
 
 def run(peers: list[Peer], protocol: Protocol, device: str, out: Path) -> None:
     packages = {name: metadata.version(name) for name in PACKAGES}
-    rows: list[dict[str, Any]] = []
+    rows = {row["name"]: row for row in protocol.kept(out)}
+    order = {peer.name: number for number, peer in enumerate(PEERS)}
     with tempfile.TemporaryDirectory() as dense:
         protocol.dense.save_pretrained(dense)
         for peer in peers:
-            rows.append(row_of(peer, Path(dense), protocol, device))
-            print(line(rows[-1]), flush=True)
-            protocol.write(out, "peers", rows, packages=packages)
+            rows[peer.name] = row_of(peer, Path(dense), protocol, device)
+            print(line(rows[peer.name]), flush=True)
+            in_order = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
+            protocol.write(out, "peers", in_order, packages=packages)
 
 
 def main() -> None:
