@@ -88,6 +88,30 @@ def test_only_few_halves_on_a_gpu_are_taken() -> None:
     assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"), [shape])
 
 
+@pytest.mark.parametrize(
+    ("memory", "most"),
+    [({"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 32),  # an H100
+     ({"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 16),  # an H200
+     ({}, 16)],
+)  # fmt: skip
+def test_two_branches_are_left_to_decoded_weights_sooner_where_memory_is_fast(
+    monkeypatch: pytest.MonkeyPatch, memory: dict[str, int], most: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(**memory))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    one, two = (LowBitShape(64, (64,) * count, (4,) * count, 64, True, "silu") for count in (1, 2))
+
+    def taken(tokens: int, shape: LowBitShape) -> bool:
+        x = SimpleNamespace(  # stands for a tensor on a GPU, which there may be none of
+            device=SimpleNamespace(type="cuda", index=0), dtype=torch.bfloat16, shape=(tokens, 64),
+            numel=lambda: 64 * tokens,
+        )  # fmt: skip
+        return takes(x, [shape])  # type: ignore[arg-type]
+
+    assert [tokens for tokens in range(1, 40) if taken(tokens, one)] == list(range(1, 33))
+    assert [tokens for tokens in range(1, 40) if taken(tokens, two)] == list(range(1, most + 1))
+
+
 def test_a_replaced_projection_is_noticed_and_copies_start_anew() -> None:
     one = branch(64, 4)
     fused = FusedBranches()

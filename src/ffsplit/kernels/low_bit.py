@@ -19,6 +19,8 @@ from ffsplit.kernels.dense_ffn import ACTIVATIONS
 
 MOST_TOKENS = 32
 """Beyond, multiplying by decoded weights is faster."""
+MOST_ON_FAST_MEMORY = 16
+"""The same for two branches where memory is as fast as an H200's: 17 tokens cost what 32 do, and dense gains by it."""
 BITS = (2, 3, 4, 8, 16)
 """16 is a dense matrix of halves."""
 GROUPS = (32, 64, 128)
@@ -87,7 +89,12 @@ def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) ->
         return False
     if x.shape[-1] != shapes[0].d_model:  # the plain path says what is wrong
         return False
-    few = x.numel() // shapes[0].d_model <= MOST_TOKENS
+    tokens = x.numel() // shapes[0].d_model
+    few = tokens <= MOST_TOKENS and (
+        tokens <= MOST_ON_FAST_MEMORY
+        or all(len(shape.neurons) == 1 for shape in shapes)
+        or not nvrtc.has_fast_memory(x.device.index or 0)
+    )
     return few and all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
 
 

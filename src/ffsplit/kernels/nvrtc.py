@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+FAST_MEMORY = 4e12
+"""Bytes a second: an H100 has 3.35e12, an H200 4.8e12."""
 LEAST_CAPABILITY = (8, 0)
 """bfloat16 tensor cores and their instructions."""
 
@@ -107,3 +109,14 @@ def is_supported(device: int) -> bool:
 def processors(device: int) -> int:
     """How many multiprocessors a GPU has."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_fast_memory(device: int) -> bool:
+    """Whether a GPU's memory moves more than :data:`FAST_MEMORY` bytes a second, by its data sheet."""
+    properties = torch.cuda.get_device_properties(device)
+    clock, width = (getattr(properties, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
+    if clock is None or width is None:  # unknown: what follows from fast memory is the safer choice
+        return True
+    # Twice the clock, in kHz, for both edges; the width is in bits.
+    return 2e3 * clock * width / 8 > FAST_MEMORY
