@@ -118,6 +118,7 @@ ROWS: list[tuple[str, dict[str, Any], float | None]] = [
     ("finercut joint 6", method("finercut", target="joint", count=6), None),
     ("ffn-fusion 9", {**method("ffn-fusion", count=9), "fold_norms": True}, None),
     ("ffn-fusion 9, pairs", {**method("ffn-fusion", count=9, longest=2), "fold_norms": True}, None),
+    ("ffn-fusion 9, unmeasured", {**method("ffn-fusion", count=9, tol=None), "fold_norms": True}, None),
     ("flap 0.75", {**method("flap", keep=0.75), "propagate": False}, None),
     ("stat tol 0.1", method("stat", tol=0.1), None),
     ("prune taylor + refit 0.75", method("prune", keep=0.75, score="taylor"), None),

@@ -35,9 +35,19 @@ def dense(family: str) -> PreTrainedModel:
     return model
 
 
-def fused(family: str, **settings: Any) -> ffsplit.CompressionResult:
-    recipe = {"method": {"method": "ffn-fusion", "count": 4, **settings}, "fold_norms": True}
-    return ffsplit.compress(dense(family), recipe=recipe, calibration=ids(), device="cpu")
+def fused(family: str, model: PreTrainedModel | None = None, **settings: Any) -> ffsplit.CompressionResult:
+    """Whatever may be fused is, unless the settings have a tolerance."""
+    recipe = {"method": {"method": "ffn-fusion", "count": 4, "tol": None, **settings}, "fold_norms": True}
+    return ffsplit.compress(model or dense(family), recipe=recipe, calibration=ids(), device="cpu")
+
+
+def loud(*layers: int) -> PreTrainedModel:
+    """A Llama in which some FFNs give much: what the second of two gives then depends on the first."""
+    model = dense("llama")
+    with torch.no_grad():
+        for index in layers:
+            layers_of(model)[index].mlp.down_proj.weight.mul_(30.0)
+    return model
 
 
 def layers_of(model: PreTrainedModel) -> Any:
@@ -45,9 +55,9 @@ def layers_of(model: PreTrainedModel) -> Any:
 
 
 @torch.no_grad()
-def side_by_side_by_hand(family: str, run: tuple[int, ...]) -> Tensor:
-    """The logits of a model without attention, where the FFNs of a run, each behind its norm, see one stream."""
-    model = dense(family)
+def side_by_side_by_hand(family: str, run: tuple[int, ...], model: PreTrainedModel | None = None) -> PreTrainedModel:
+    """A model without attention, where the FFNs of a run, each behind its norm, see one stream."""
+    model = model or dense(family)
     for site in find_attention(model, find_ffns(model)).sites:
         drop_attention(model, site)
     layers = layers_of(model)
@@ -61,18 +71,90 @@ def side_by_side_by_hand(family: str, run: tuple[int, ...]) -> Tensor:
 
     for place, (_, mlp, _) in enumerate(members):
         mlp.forward = torch.zeros_like if place else together
-    return outputs(model)
+    return model
+
+
+@torch.no_grad()
+def stream_after(model: PreTrainedModel, layer: int, **batch: Tensor) -> Tensor:
+    """What a layer gives."""
+    kept: list[Tensor] = []
+    handle = layers_of(model)[layer].register_forward_hook(lambda _module, _args, output: kept.append(output))
+    model(**batch)
+    handle.remove()
+    return kept[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "starcoder2"])
 def test_a_fused_run_is_the_sum_of_its_members_on_one_input(family: str, tmp_path: Path) -> None:
     result = fused(family, longest=3)
-    model, wanted = result.model, side_by_side_by_hand(family, (0, 1, 2))
+    model, wanted = result.model, outputs(side_by_side_by_hand(family, (0, 1, 2)))
     torch.testing.assert_close(outputs(model), wanted, rtol=1e-4, atol=1e-4)
     neurons = [layer.mlp.spec.neurons if isinstance(layer.mlp, SumFFN) else None for layer in layers_of(model)]
     assert neurons == [240, 0, 0, None]
     loaded = type(model).from_pretrained(ffsplit.save(result, tmp_path / "out").directory)
     assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_error_is_the_distance_of_the_streams(family: str) -> None:
+    """Of the model that fuses nothing and the one that fuses by hand, behind the run's last member."""
+    tried = fused(family, tol=10.0).report["decision"]["tried"]
+    assert [len(trial["ffns"]) for trial in tried] == [2, 3, 4]
+    for trial in tried:
+        members = tuple(range(len(trial["ffns"])))
+        alone, together = (
+            stream_after(side_by_side_by_hand(family, run), members[-1], input_ids=ids()) for run in ((0,), members)
+        )
+        wanted = ((together - alone).norm(dim=-1) / alone.norm(dim=-1)).mean()
+        assert trial["error"] == pytest.approx(float(wanted), rel=1e-4)
+        assert trial["within"]
+
+
+def test_a_run_is_cut_where_the_error_exceeds_the_tolerance() -> None:
+    free = fused("llama", loud(2, 3), tol=10.0).report["decision"]
+    assert free["unfused"] == {}
+    small, large = (free["tried"][place]["error"] for place in (1, 2))
+    assert large > 2 * small
+    decision = fused("llama", loud(2, 3), tol=(small + large) / 2).report["decision"]
+    assert decision["fused"] == [[f"model.layers.{index}.mlp" for index in range(3)]]
+    assert [trial["within"] for trial in decision["tried"]] == [True, True, False]
+    assert decision["tried"] == [{**trial, "within": number < 2} for number, trial in enumerate(free["tried"])]
+    (name, why), *others = decision["unfused"].items()
+    assert (name, others) == ("model.layers.3.mlp", [])
+    assert why.startswith(f"fused with 0, 1, 2 it moves the stream by {large:.3g}, above tol=")
+
+
+def test_after_a_cut_the_next_run_starts() -> None:
+    decision = fused("llama", loud(0, 1), tol=0.2).report["decision"]
+    assert decision["fused"] == [[f"model.layers.{index}.mlp" for index in (1, 2, 3)]]
+    assert list(decision["unfused"]) == ["model.layers.0.mlp"]
+
+
+def test_a_run_as_long_as_allowed_leaves_the_rest_alone_and_says_so() -> None:
+    decision = fused("llama", tol=10.0, longest=3).report["decision"]
+    assert [len(run) for run in decision["fused"]] == [3]
+    assert decision["unfused"] == {"model.layers.3.mlp": "the run before it is as long as longest allows"}
+
+
+def test_nothing_within_the_tolerance_is_refused_with_what_was_measured() -> None:
+    model = dense("llama")
+    with pytest.raises(ModelError, match=r"within tol=1e-07.*\[0, 1\]: 0\.\d+, \[1, 2\]: .*drop-ffns"):
+        fused("llama", model, tol=1e-7)
+    assert not any(isinstance(module, DroppedAttention) for module in model.modules())
+
+
+def test_padding_does_not_count() -> None:
+    """The same sentences, alone and beside padding of other ids."""
+    recipe = {"method": {"method": "ffn-fusion", "count": 4, "tol": 10.0}, "fold_norms": True}
+    padded = {"input_ids": ids(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    padded["attention_mask"][1, 5:] = 0
+    alone = [{"input_ids": padded["input_ids"][:1]}, {"input_ids": padded["input_ids"][1:, :5]}]
+    found = [
+        ffsplit.compress(dense("llama"), recipe=recipe, calibration=batches, device="cpu").report["decision"]["tried"]
+        for batches in ([padded], alone)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert one["error"] == pytest.approx(other["error"], rel=1e-4)
 
 
 def test_what_the_report_says() -> None:
@@ -81,6 +163,7 @@ def test_what_the_report_says() -> None:
     decision = result.report["decision"]
     assert decision["fused"] == [[f"model.layers.{index}.mlp" for index in range(4)]]
     assert decision["dropped"] == [f"model.layers.{index}.self_attn" for index in (1, 2, 3)]
+    assert "tried" not in decision
     assert {layer["output_error"] for layer in result.report["layers"]} == {None}
     assert isinstance(result.model.get_submodule("model.layers.1.self_attn"), DroppedAttention)
 

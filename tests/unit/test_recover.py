@@ -530,7 +530,7 @@ def test_ffns_of_one_block_go_on_from_the_inputs_that_they_had(tmp_path: Path) -
     "method",
     [
         {"method": "share", "keep": 0.8, "protect_first": 0, "protect_last": 0},
-        {"method": "ffn-fusion", "count": 1},
+        {"method": "ffn-fusion", "count": 1, "tol": None},
         {"method": "finercut", "count": 1, "target": "attention"},
         {"method": "bias-prune", "tolerance": 0.5},
     ],

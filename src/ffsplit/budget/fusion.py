@@ -77,7 +77,7 @@ def _inputs(scene: Scene, gone: Sequence[int]) -> dict[int, Float[Tensor, "token
 
     sites = scene.found.sites
     with ExitStack() as stack:
-        stack.enter_context(_without(scene, gone))
+        stack.enter_context(without_attention(scene, gone))
         stack.enter_context(masked(scene.model, *(site.down for site in sites)))
         for index, site in enumerate(sites):
             handle = scene.model.get_submodule(site.up).register_forward_pre_hook(keeping(index))
@@ -90,8 +90,8 @@ def _inputs(scene: Scene, gone: Sequence[int]) -> dict[int, Float[Tensor, "token
 
 
 @contextmanager
-def _without(scene: Scene, gone: Sequence[int]) -> Iterator[None]:
-    """The model without some attentions."""
+def without_attention(scene: Scene, gone: Sequence[int]) -> Iterator[None]:
+    """The model without some attentions, by their place in ``scene.attention``, for a while."""
     taken = []
     try:
         for place in gone:
