@@ -42,6 +42,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("drop", {"replacement": "mean"}),
     ("drop-ffns", {"keep": 0.67}),
     ("drop-ffns", {"keep": 0.7, "replacement": "linear"}),
+    ("ffn-skip", {"sparsity": 0.1}),
+    ("ffn-skip", {"sparsity": 0.25}),
     ("ffsplit", {"keep": 0.5}),
     ("ffsplit", {"keep": 0.5, "rest": "whitened"}),
     ("ffsplit", {"bits": 3.0}),
