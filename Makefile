@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Compiled tests are kept, whatever the environment asks for: to rewrite all assertions anew takes every worker seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow check format bench figures docs clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,14 +21,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/ffsplit demo
 
-# The second run checks every annotated tensor shape while the tests run (torch.compile cannot trace such checks).
+# Tests of a file share what they fitted, so they stay on one worker. The second run checks every annotated tensor shape
+# while the tests run (torch.compile cannot trace such checks); the property tests, whose examples are always the same
+# ones, need no run without that.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 tests/property tests/unit/test_kernels_packed.py -k "not compile and not full_graph" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/property
+	$(BIN)/python -m pytest -n 2 tests/property tests/unit/test_kernels_packed.py -k "not compile" \
 		--jaxtyping-packages=ffsplit.ops,ffsplit.kernels,ffsplit.ffn,ffsplit.methods,beartype.beartype
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not network" -p no:randomly
+	$(BIN)/python -m pytest -n 2 tests/property --hypothesis-profile thorough
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -43,7 +44,7 @@ def provenance(
         "hardware": hardware(),
         "platform": platform.platform(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(Path(__file__).resolve().parents[2]),
+        "commit": _own_commit(),
         "seed": seed,
         "data": None if data is None else dict(data),
         "model": None if model is None else _model_record(model),
@@ -67,6 +68,12 @@ def hardware() -> dict[str, Any]:
         "accelerator": _accelerator_name(),
         "accelerators": torch.accelerator.device_count(),
     }
+
+
+@functools.cache
+def _own_commit() -> str | None:
+    """The commit of this package, looked up once: the code that runs stays what it was when it was loaded."""
+    return git_commit(Path(__file__).resolve().parents[2])
 
 
 def git_commit(root: Path) -> str | None:
@@ -122,6 +129,7 @@ def _model_record(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

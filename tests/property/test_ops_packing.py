@@ -29,11 +29,10 @@ def test_size_is_the_padded_bit_count(bits: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_leading_dimensions_and_full_graph(bits: int) -> None:
+def test_leading_dimensions(bits: int) -> None:
     codes = torch.arange(2 * 3 * 11).reshape(2, 3, 11).remainder(2**bits).to(torch.uint8)
     packed = pack(codes, bits)
-    compiled = torch.compile(unpack, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(packed, bits, 11), codes)
+    assert torch.equal(unpack(packed, bits, 11), codes)
     assert torch.equal(packed[1, 2], pack(codes[1, 2], bits))
 
 

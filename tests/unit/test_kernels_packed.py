@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffsplit.ffn.projections import Packed, PackedSpec
 from ffsplit.kernels.packed import dequantize
+from ffsplit.ops.packing import pack, unpack
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
 
 SHAPES = [(3, 1, 8), (5, 13, 4), (4, 16, 16), (7, 33, 8), (2, 40, 64), (6, 24, 7)]
@@ -131,6 +132,13 @@ def test_a_symmetric_grid_has_no_zeros() -> None:
     assert packed.zero is None
     assert "zero" not in packed.state_dict()
     assert bool((grid.zero == 8).all())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unpacking_compiles_to_one_graph(bits: int) -> None:
+    codes = torch.arange(2 * 3 * 11).reshape(2, 3, 11).remainder(2**bits).to(torch.uint8)
+    compiled = torch.compile(unpack, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(pack(codes, bits), bits, 11), codes)
 
 
 def test_functions_and_modules_agree() -> None:

@@ -14,15 +14,33 @@ import pytest
 import ffsplit
 from ffsplit import _register
 
-LOADED = """
+FRESH = """
+import sys, ffsplit
+assert not {"torch", "transformers", "scipy", "matplotlib"} & set(sys.modules), sorted(sys.modules)
+print("light", flush=True)
+
+import importlib.util
+importlib.util.find_spec("transformers.modeling_utils")
+from transformers import AutoModelForCausalLM
+import transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "ffsplit" in AUTO_QUANTIZER_MAPPING, sorted(AUTO_QUANTIZER_MAPPING)
+print("registered", flush=True)
+
+import ffsplit.checkpoint.save, ffsplit.checkpoint.decompress, ffsplit.pipeline.compress
+assert callable(ffsplit.save) and callable(ffsplit.decompress) and callable(ffsplit.compress)
+assert callable(ffsplit.evaluate_model) and callable(ffsplit.available_methods)
+print("named", flush=True)
 """
 
 
-def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture(scope="module")
+def fresh() -> subprocess.CompletedProcess[str]:
+    """One process of its own that imports the package first, then transformers, then rooms of the package.
+
+    The other way round, transformers first, is between the processes of ``tests/e2e``.
+    """
+    return subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
@@ -86,20 +104,18 @@ def test_a_module_that_does_not_exist_is_no_error(module_awaited: Path) -> None:
         importlib.import_module("awaited_code")
 
 
-def test_importing_the_package_loads_nothing_heavy_and_registers_later() -> None:
-    done = fresh(
-        "import sys, ffsplit\n"
-        "assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
-        "import importlib.util; importlib.util.find_spec('transformers.modeling_utils')\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "import transformers.modeling_utils\n" + LOADED
-    )
-    assert done.returncode == 0, done.stderr
+def test_importing_the_package_loads_nothing_heavy_and_registers_later(
+    fresh: subprocess.CompletedProcess[str],
+) -> None:
+    assert fresh.stdout.split()[:2] == ["light", "registered"], fresh.stderr
 
 
-def test_importing_the_package_after_transformers() -> None:
-    done = fresh("import transformers.modeling_utils\nimport ffsplit\n" + LOADED)
-    assert done.returncode == 0, done.stderr
+def test_public_names_are_still_right_when_their_rooms_were_imported_first(
+    fresh: subprocess.CompletedProcess[str],
+) -> None:
+    """`ffsplit.save` is the function, although a module of that name exists below."""
+    assert fresh.stdout.split()[2:] == ["named"], fresh.stderr
+    assert fresh.returncode == 0, fresh.stderr
 
 
 def test_every_public_name_exists() -> None:
@@ -108,13 +124,3 @@ def test_every_public_name_exists() -> None:
     assert set(ffsplit.__all__) <= set(dir(ffsplit))
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         _ = ffsplit.compres  # type: ignore[attr-defined]
-
-
-def test_public_names_are_still_right_when_their_rooms_were_imported_first() -> None:
-    """`ffsplit.save` is the function, although a module of that name exists below."""
-    done = fresh(
-        "import ffsplit.checkpoint.save, ffsplit.checkpoint.decompress, ffsplit.pipeline.compress\n"
-        "assert callable(ffsplit.save) and callable(ffsplit.decompress) and callable(ffsplit.compress)\n"
-        "assert callable(ffsplit.evaluate_model) and callable(ffsplit.available_methods)\n"
-    )
-    assert done.returncode == 0, done.stderr

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ffsplit.families.operands import operands
+
 aten = torch.ops.aten
-T = TypeVar("T")
 
 _COPIES = {
     aten._reshape_alias,
@@ -105,6 +106,26 @@ class Stream:
 Value = tuple[Stream] | tuple[Stream, Stream]
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is known of a tensor.
+
+    Attributes:
+        value: the streams that it is made of.
+        identity: the number that it shares with its views, copies and casts; given when it is asked for.
+        activation: whether it depends on the model's inputs.
+        branch: path of the latest projection, if everything in it comes through that.
+    """
+
+    value: Value | None = None
+    identity: int | None = None
+    activation: bool = False
+    branch: str | None = None
+
+
+_NOTHING = _Known()
+
+
 class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows streams, identities and branches through every operation that runs inside it.
 
@@ -115,68 +136,67 @@ class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # Weak: a trace of a large model must not keep all of its activations alive.
-        self._values: MutableMapping[Tensor, Value] = WeakTensorKeyDictionary()
-        self._identities: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
-        self._activations: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
-        self._branches: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        self._known: MutableMapping[Tensor, _Known] = WeakTensorKeyDictionary()
         self.added: set[str] = set()
         self._next = 0
         for tensor in inputs:
-            self._activations[tensor] = True
+            self._known[tensor] = _Known(activation=True)
 
     def identity(self, tensor: Tensor) -> int:
         """The number that this tensor shares with its views, copies and casts."""
-        if tensor not in self._identities:
+        known = self._known.get(tensor)
+        if known is None:
+            self._known[tensor] = known = _Known()
+        if known.identity is None:
             self._next += 1
-            self._identities[tensor] = self._next
-        return self._identities[tensor]
+            known.identity = self._next
+        return known.identity
 
     def value(self, tensor: Tensor) -> Value | None:
         """The streams that the tensor is made of, ``None`` when it is anything else."""
-        return self._values.get(tensor)
-
-    def set_value(self, tensor: Tensor, value: Value) -> None:
-        """Declare where a tensor comes from."""
-        self._values[tensor] = value
-        self._activations[tensor] = True
+        return self._of(tensor).value
 
     def start(self, tensor: Tensor, source: str, x: int) -> None:
         """Declare a tensor to be the output of the projection ``source`` for the input with identity ``x``."""
-        self._identities.pop(tensor, None)
-        self._branches[tensor] = source
-        self.set_value(tensor, (Stream(source, None, x, nonlinear=False, act=None, function=torch.clone),))
+        stream = Stream(source, None, x, nonlinear=False, act=None, function=torch.clone)
+        self._known[tensor] = _Known((stream,), activation=True, branch=source)
 
     def blame(self, tensor: Tensor, act: str) -> None:
         """Declare that the module ``act`` computed the non-linearity of a tensor."""
-        value = self.value(tensor)
-        if value is not None and len(value) == 1:
-            self._values[tensor] = (replace(value[0], act=act),)
+        known = self._of(tensor)
+        if known.value is not None and len(known.value) == 1:
+            known.value = (replace(known.value[0], act=act),)
+
+    def _of(self, tensor: Tensor) -> _Known:
+        """What is known of a tensor. To be changed only where something is."""
+        return self._known.get(tensor, _NOTHING)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        inputs = operands((*args, *kwargs.values()))
+        known = [self._of(tensor) for tensor in inputs]
         packet = func.overloadpacket
-        active = packet not in _FACTORIES and any(tensor in self._activations for tensor in inputs)
-        branch = self._branch(packet, [tensor for tensor in inputs if tensor in self._activations])
-        for tensor in outputs:
-            value, identity = self._derive(func, packet, args, kwargs, inputs, tensor)
-            # Always assigned or deleted: an operation in place returns a tensor that has entries already.
-            _assign(self._values, tensor, value)
-            _assign(self._identities, tensor, identity)
-            _assign(self._activations, tensor, active or None)
-            _assign(self._branches, tensor, branch)
+        active = packet not in _FACTORIES and any(one.activation for one in known)
+        branch = self._branch(packet, [pair for pair in zip(inputs, known, strict=True) if pair[1].activation])
+        for tensor in operands((out,)):
+            value, identity = self._derive(func, packet, args, kwargs, inputs, known, tensor)
+            # Always assigned or deleted: an operation in place returns a tensor that has an entry already.
+            if active or value is not None or identity is not None or branch is not None:
+                self._known[tensor] = _Known(value, identity, active, branch)
+            else:
+                self._known.pop(tensor, None)
         return out
 
-    def _branch(self, packet: Any, activations: list[Tensor]) -> str | None:
+    def _branch(self, packet: Any, activations: list[tuple[Tensor, _Known]]) -> str | None:
         """The one projection that an operation's result comes from; notes the sum that ends a branch."""
         if packet in _PRODUCT and len(activations) == 2:
             # A weight per token (the gate of a shared expert, a drop path) leaves the branch a branch.
-            activations = [tensor for tensor in activations if tensor.dim() and tensor.shape[-1] != 1] or activations
-        branches = {self._branches.get(tensor) for tensor in activations}
+            wide = [(tensor, known) for tensor, known in activations if tensor.dim() and tensor.shape[-1] != 1]
+            activations = wide or activations
+        branches = {known.branch for _, known in activations}
         if len(branches) == 1:
             return branches.pop()
         if packet in _SUM:
@@ -184,57 +204,61 @@ class ProvenanceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _derive(
-        self, func: Any, packet: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Tensor
+        self,
+        func: Any,
+        packet: Any,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Tensor],
+        known: list[_Known],
+        out: Tensor,
     ) -> tuple[Value | None, int | None]:
         """Value and identity of one output."""
         if packet in _COPIES or (packet in _HALVES and _same_rows(inputs[0], out)):
             if _same_rows(inputs[0], out):
-                return self.value(inputs[0]), self.identity(inputs[0])
+                return known[0].value, self.identity(inputs[0])
             return None, None
         if packet in _HALVES:
-            return self._half(inputs[0], out), None
+            return _half(inputs[0], known[0].value, out), None
         if torch.Tag.pointwise in func.tags:
-            return self._pointwise(func, packet, args, kwargs, inputs, out), None
+            return _pointwise(func, packet, args, kwargs, inputs, known, out), None
         return None, None
 
-    def _half(self, whole: Tensor, out: Tensor) -> Value | None:
-        value = self.value(whole)
-        half, odd = divmod(whole.shape[-1], 2) if whole.dim() else (0, 1)
-        if value is None or len(value) == 2 or value[0].part is not None or value[0].nonlinear or odd:
-            return None
-        offset = out.storage_offset() - whole.storage_offset()
-        if out.shape != (*whole.shape[:-1], half) or out.stride() != whole.stride() or offset not in (0, half):
-            return None
-        return (replace(value[0], part=int(offset == half)),)
 
-    def _pointwise(
-        self, func: Any, packet: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Tensor
-    ) -> Value | None:
-        tracked = {id(tensor): value for tensor in inputs if (value := self.value(tensor)) is not None}
-        mixed = any(tensor in self._activations and id(tensor) not in tracked for tensor in inputs)
-        if not tracked or mixed or any(t.shape != out.shape for t in inputs if id(t) in tracked):
-            return None
-        values = [tracked[id(tensor)] for tensor in inputs if id(tensor) in tracked]
-        linear = _is_linear(packet, args, values, tracked)
-        first = values[0]
-        if any(len(value) == 2 for value in values):
-            return first if linear and len(values) == 1 else None
-        streams = [value[0] for value in values]
-        keys = {stream.key for stream in streams}
-        if len(keys) == 2 and len(streams) == 2 and packet in _PRODUCT and streams[0].x == streams[1].x:
-            return (streams[0], streams[1])
-        if len(keys) > 1:
-            return None
-        nonlinear = not linear or any(stream.nonlinear for stream in streams)
-        function = _compose(func, args, kwargs, {key: value[0].function for key, value in tracked.items()})
-        return (replace(streams[0], nonlinear=nonlinear, act=None, function=function),)
+def _half(whole: Tensor, value: Value | None, out: Tensor) -> Value | None:
+    """The value of one half of the last axis of a fused projection's output."""
+    half, odd = divmod(whole.shape[-1], 2) if whole.dim() else (0, 1)
+    if value is None or len(value) == 2 or value[0].part is not None or value[0].nonlinear or odd:
+        return None
+    offset = out.storage_offset() - whole.storage_offset()
+    if out.shape != (*whole.shape[:-1], half) or out.stride() != whole.stride() or offset not in (0, half):
+        return None
+    return (replace(value[0], part=int(offset == half)),)
 
 
-def _assign(table: MutableMapping[Tensor, T], tensor: Tensor, entry: T | None) -> None:
-    if entry is None:
-        table.pop(tensor, None)
-    else:
-        table[tensor] = entry
+def _pointwise(
+    func: Any, packet: Any, args: Any, kwargs: Any, inputs: list[Tensor], known: list[_Known], out: Tensor
+) -> Value | None:
+    """The value of an element-wise operation's result."""
+    tracked = {id(tensor): one.value for tensor, one in zip(inputs, known, strict=True) if one.value is not None}
+    if not tracked or any(one.activation and one.value is None for one in known):
+        return None
+    if any(tensor.shape != out.shape for tensor in inputs if id(tensor) in tracked):
+        return None
+    values = [one.value for one in known if one.value is not None]
+    linear = _is_linear(packet, args, values, tracked)
+    first = values[0]
+    if any(len(value) == 2 for value in values):
+        return first if linear and len(values) == 1 else None
+    streams = [value[0] for value in values]
+    keys = {stream.key for stream in streams}
+    if len(keys) == 2 and len(streams) == 2 and packet in _PRODUCT and streams[0].x == streams[1].x:
+        return (streams[0], streams[1])
+    if len(keys) > 1:
+        return None
+    nonlinear = not linear or any(stream.nonlinear for stream in streams)
+    function = _compose(func, args, kwargs, {key: value[0].function for key, value in tracked.items()})
+    return (replace(streams[0], nonlinear=nonlinear, act=None, function=function),)
 
 
 def _same_rows(before: Tensor, after: Tensor) -> bool:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from ffsplit.families.operands import operands
 
 META = torch.device("meta")
 
@@ -26,7 +28,7 @@ class SkeletonMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
+        meta = any(tensor.is_meta for tensor in operands((*args, *kwargs.values())))
         if meta:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
         if kwargs.get("device") is not None:
