@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,8 +13,9 @@ from ffsplit.ffn.projections import BlockDense, Monarch
 from ffsplit.ops.block_factors import block_dense_factors, block_size, monarch_factors, whole_blocks
 from ffsplit.ops.linalg import ridged
 from ffsplit.ops.lowrank import svd_factors, whitened_factors
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=40)
+properties = examples(40)
 SIZES = {"out": st.integers(1, 12), "inner": st.integers(1, 14), "seed": st.integers(0, 2**20)}
 RANK, BLOCKS = st.integers(0, 5), st.integers(1, 6)
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,8 +12,9 @@ from ffsplit.ffn.projections import Packed
 from ffsplit.ops.gptq import Order, gptq, inverse_factor
 from ffsplit.ops.refine import output_error, refine, refine_codes, refine_scales
 from ffsplit.ops.rounding import Grid, decode, round_to_nearest
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=40)
+properties = examples(40)
 shapes = {
     "bits": st.integers(1, 8),
     "rows": st.integers(1, 6),

@@ -4,13 +4,14 @@ from math import cos, pi, sin
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.ops.importance import cosine_distance, relative_update
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=50)
+properties = examples(50)
 seeds = st.integers(0, 2**20)
 
 

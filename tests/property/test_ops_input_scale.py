@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.ops.input_scale import scale_inputs, search_input_scale
 from ffsplit.ops.refine import output_error
 from ffsplit.ops.rounding import decode, round_to_nearest
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=25)
+properties = examples(25)
 
 
 def layer(rows: int, columns: int, seed: int, tokens: int = 60, spread: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from ffsplit.ops.least_squares import (
     refit_from_gram,
     residual_energy,
 )
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=50)
+properties = examples(50)
 seeds = st.integers(0, 2**20)
 
 

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.errors import RecipeError
 from ffsplit.ops.lowrank import scaled_factors, svd_factors, whitened_factors
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=50)
+properties = examples(50)
 shapes = {"out": st.integers(1, 9), "inner": st.integers(1, 9), "seed": st.integers(0, 2**20)}
 dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.ops.outliers import absorbing_columns, other_columns, remaining_gram, weak_columns
 from ffsplit.ops.refine import output_error
 from ffsplit.ops.rounding import decode, round_to_nearest
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=40)
+properties = examples(40)
 
 
 def layer(rows: int, columns: int, seed: int, tokens: int = 80) -> tuple[Tensor, Tensor]:

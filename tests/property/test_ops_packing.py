@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ffsplit.errors import RecipeError
 from ffsplit.ops.packing import field_widths, pack, packed_columns, unpack
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=100)
+properties = examples(100)
 
 
 @properties

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.ops.quantiles import TOLERANCE, Histogram, quantile
 from ffsplit.ops.thresholds import neuron_thresholds
+from tests.property.amount import examples
 
 SHARES = st.floats(0, 1)
 KINDS = st.sampled_from(["normal", "magnitudes", "wide", "ties", "relu"])
@@ -43,7 +44,7 @@ def test_a_quantile_is_that_of_sorting_up_to_a_bin(kind: str, count: int, share:
     assert float((data <= found).double().mean()) >= share - 1e-9
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(kind=KINDS, seed=st.integers(0, 2**20), share=SHARES)
 def test_chunks_count_like_the_whole(kind: str, seed: int, share: float) -> None:
     data = values(kind, 90, seed)

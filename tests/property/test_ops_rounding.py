@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.errors import RecipeError
 from ffsplit.ops.rounding import Grid, decode, encode, fit_grid, nearest_scale, round_to_nearest, storable_scale
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=60)
+properties = examples(60)
 shapes = {
     "rows": st.integers(1, 6),
     "columns": st.integers(1, 40),

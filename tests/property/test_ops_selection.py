@@ -4,15 +4,16 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffsplit.errors import RecipeError
 from ffsplit.ops import scores, selection
 from ffsplit.ops.least_squares import refit_from_gram
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=30)
+properties = examples(30)
 seeds = st.integers(0, 2**20)
 
 

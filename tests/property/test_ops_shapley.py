@@ -6,13 +6,14 @@ from math import factorial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ffsplit.ops.likelihood import next_token_losses
 from ffsplit.ops.shapley import shapley_values
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=40)
+properties = examples(40)
 
 
 def sampled(players: list[int], cost: object, count: int, seed: int = 0) -> dict[int, float]:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from ffsplit.ops.linalg import ridged, shifted_cholesky
 from ffsplit.ops.sparsegpt import sparsegpt, sparsegpt_n_m
 from ffsplit.ops.sparsity import best_mask, dass, n_m_mask, rows_mask, wanda
 from ffsplit.ops.support import refit_support
+from tests.property.amount import examples
 
-properties = settings(deadline=None, derandomize=True, max_examples=40)
+properties = examples(40)
 ROWS, COLUMNS, SEEDS = st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**20)
 PATTERNS = st.sampled_from([(1, 2), (2, 4), (4, 8), (3, 5), (1, 3)])
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import ffsplit
 from ffsplit.families.inputs import candidate_inputs
 from tests.tiny import VOCABULARY, tiny
+from tests.unit.fitted import fitted
 
 PRUNE: dict[str, Any] = {"method": "prune", "keep": 0.5, "align": 8}
 SPLIT: dict[str, Any] = {"method": "ffsplit", "bits": 7.5, "group": 16, "heavy": 0.25, "heavy_bits": 16, "rest_bits": 3}
@@ -31,6 +32,8 @@ def compressed(
 ) -> ffsplit.CompressionResult:
     """A method, or a whole recipe, applied to a tiny model."""
     recipe = method if isinstance(method["method"], dict) else {"method": method}
+    if isinstance(model, str) and tokenizer is None:
+        return fitted(tiny(model), recipe, ids())
     dense = tiny(model) if isinstance(model, str) else model
     return ffsplit.compress(dense, tokenizer, recipe=recipe, calibration=ids(), device="cpu")
 

@@ -33,6 +33,7 @@ from ffsplit.recover.whole import prepared
 from ffsplit.recover.workers import Workers
 from ffsplit.train import loop
 from tests.tiny import strong, tiny
+from tests.unit.fitted import fitted
 
 CPU = torch.device("cpu")
 IDS = torch.randint(5, 100, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -40,7 +41,7 @@ WINDOWS = TokenWindows.from_ids(IDS)
 
 
 def compressed(dense: PreTrainedModel, recipe: dict[str, Any]) -> PreTrainedModel:
-    return ffsplit.compress(copy.deepcopy(dense), recipe=recipe, calibration=IDS, device="cpu").model
+    return fitted(dense, recipe, IDS).model
 
 
 def pruned(dense: PreTrainedModel) -> PreTrainedModel:
