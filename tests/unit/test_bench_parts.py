@@ -26,6 +26,7 @@ from ffsplit.ffn.projections import Int8DynamicSpec, PackedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN, dense_branch
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.kernels import cpu
 from ffsplit.kernels.cache import DerivedCache
 from ffsplit.methods.budgets import one_branch_spec
 
@@ -190,9 +191,13 @@ def test_memory_of_work_is_what_it_takes_beyond_before() -> None:
     assert extra is None or 24 << 20 < extra < 64 << 20
 
 
+# Without integer dot products torch's int8 kernel adds in 16 bits, where large products are cut off.
+INT8_ERROR = 0.5 if cpu.SATURATES else 0.03
+
+
 @pytest.mark.parametrize(
     ("linear", "error"),
-    [(HalfLinear, 0.01), (Int8DynamicLinear, 0.03), (Int4Linear, 0.2)],
+    [(HalfLinear, 0.01), (Int8DynamicLinear, INT8_ERROR), (Int4Linear, 0.2)],
     ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("gated", [False, True])

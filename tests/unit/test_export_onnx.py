@@ -20,7 +20,7 @@ from ffsplit.export import run
 from ffsplit.export.blocks import block_size
 from ffsplit.export.check import cases, compare, float_inputs, session
 from ffsplit.export.inputs import Signature, signature
-from ffsplit.export.nodes import NBits
+from ffsplit.export.nodes import NBits, RowInt8
 from ffsplit.export.storages import form, notes, refuse_inexpressible
 from ffsplit.export.sums import MergedSum, exportable
 from ffsplit.export.trace import GRAPH, trace_module
@@ -45,6 +45,7 @@ from ffsplit.ffn.projections import (
 )
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN
+from ffsplit.kernels import cpu
 from ffsplit.kernels.dispatch import reference_only
 from ffsplit.ops.rounding import encode, fit_grid
 from ffsplit.ops.sparsity import n_m_mask, rows_mask
@@ -99,7 +100,8 @@ def test_projections_that_read_the_same_input_become_one_product_per_kind() -> N
         torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_stored_otherwise_is_decoded_or_kept_and_said() -> None:
+def test_what_is_stored_otherwise_is_decoded_or_kept_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SATURATES", False)  # else there is one more note
     weight = matrix(16, D)
     kept: list[Projection] = [Dense(weight), low_rank(16, D), int8(16, D), packed(16, D), outliers(16, D)]
     decoded = [Masked.from_dense(weight, rows_mask(weight.abs(), 200)), packed(16, D, group=20)]
@@ -198,6 +200,29 @@ def test_onnx_runtime_computes_the_stored_codes_in_one_node_per_kind(tmp_path: P
         running = session(graph, threads=1)
         (found,) = running.run(None, {running.get_inputs()[0].name: x.numpy()})
         assert (torch.from_numpy(found) - expected).norm() <= allowed * expected.norm()
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_int8_weights_are_unsigned_where_signed_ones_overflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saturates: bool
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    really = cpu.SATURATES
+    monkeypatch.setattr(cpu, "SATURATES", saturates)
+    codes = torch.full((4, 64), 127, dtype=torch.int8)  # with inputs of 127, the worst there is
+    codes[1], codes[2, ::2] = -127, 0
+    trace_module(RowInt8(codes, torch.ones(4)), torch.randn(2, 3, 64), tmp_path / GRAPH)
+    stored = onnx.load(str(tmp_path / GRAPH)).graph.initializer
+    kinds = {tensor.data_type for tensor in stored if list(tensor.dims) == [64, 4]}
+    assert kinds == {onnx.TensorProto.UINT8 if saturates else onnx.TensorProto.INT8}
+    matrix = Int8DynamicSpec(shape=(64, 64))
+    told = notes([SumSpec(d_model=64, branches=(BranchSpec(up=matrix, down=matrix),))])
+    assert [("written as uint8" in note) for note in told] == [True] * saturates
+    if saturates or not really:
+        running = session(tmp_path / GRAPH, threads=1)
+        (found,) = running.run(None, {running.get_inputs()[0].name: torch.ones(1, 1, 64).numpy()})
+        assert torch.from_numpy(found).flatten().tolist() == pytest.approx([64 * 127, -64 * 127, 32 * 127, 64 * 127])
 
 
 @pytest.fixture(scope="module")

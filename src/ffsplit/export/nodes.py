@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ffsplit.export.blocks import BlockCodes
+from ffsplit.kernels import cpu
 from ffsplit.kernels.int8 import LARGEST
 
 ROUNDED_INPUTS = 4
 """``accuracy_level`` of MatMulNBits: inputs are rounded to int8 in blocks, which its fast kernels want."""
 ZERO = 128
-"""Of int8 inputs stored as uint8: the kernels for unsigned inputs and signed weights are the fast ones."""
+"""Of int8 numbers stored as uint8. Inputs always are: kernels of unsigned inputs and signed weights are fast."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -112,6 +113,7 @@ class NBits(Node):
 class RowInt8(Node):
     """Int8 weights times inputs that are rounded to int8 per token, exactly as `ffsplit.kernels.int8` rounds them.
 
+    Where the fast kernels are not exact, weights are written as uint8 too, whose kernels add in 32 bits anywhere.
     Several of one input stay apart: the tracer finds that they round it alike and does so once.
     """
 
@@ -122,7 +124,9 @@ class RowInt8(Node):
 
     def __init__(self, codes: Int8[Tensor, "out in"], scale: Float[Tensor, " out"]) -> None:
         super().__init__()
-        self.register_buffer("codes", codes.T.contiguous())
+        self.unsigned = cpu.SATURATES
+        stored = (codes.short() + ZERO).byte() if self.unsigned else codes
+        self.register_buffer("codes", stored.T.contiguous())
         self.register_buffer("scale", scale.float())
         self.register_buffer("one", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero", torch.full((), ZERO, dtype=torch.uint8))
@@ -137,7 +141,7 @@ class RowInt8(Node):
         )
         found = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulIntegerToFloat",
-            [rounded, self.codes, self.one, self.scale, self.zero],
+            [rounded, self.codes, self.one, self.scale, self.zero, *([self.zero] if self.unsigned else [])],
             dtype=x.dtype,
             shape=[*x.shape[:-1], self.rows],
             version=1,

@@ -18,6 +18,7 @@ from ffsplit.ffn.projections import (
     Dense,
     Float8Spec,
     Int8Dynamic,
+    Int8DynamicSpec,
     LowRank,
     OutlierColumns,
     Packed,
@@ -27,6 +28,7 @@ from ffsplit.ffn.projections import (
     Tied,
 )
 from ffsplit.ffn.spec import SumSpec
+from ffsplit.kernels import cpu
 from ffsplit.ops.outliers import other_columns
 
 Form = Literal["kept", "decoded", "refused"]
@@ -68,6 +70,11 @@ def notes(specs: Iterable[SumSpec]) -> list[str]:
         told.append(f"codes stay codes only in groups of a multiple of {BLOCKS[-1]} columns, or one group a row")
     if any(spec.skip is not None or any(b.selector is not None for b in spec.branches) for spec in listed):
         told.append("what is left out token by token is exported as masks, which saves no time")
+    if cpu.SATURATES and any(isinstance(p, Int8DynamicSpec) for spec in listed for p in spec.projections):
+        told.append(
+            "int8 weights are written as uint8, for this processor's kernels for int8 ones overflow; exported on one "
+            "with integer dot products (VNNI), the graph runs faster there"
+        )
     return told
 
 

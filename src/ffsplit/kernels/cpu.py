@@ -22,7 +22,17 @@ def slow_in_bfloat16(told: dict[str, Any]) -> bool:
     return told.get("architecture") == "x86_64" and not fast
 
 
+def adds_in_16_bits(told: dict[str, Any]) -> bool:
+    """Whether products of unsigned and signed bytes may overflow: x86 without instructions for their dot products.
+
+    Libraries then add pairs of them in 16 bits, where large ones are cut off.
+    """
+    whole = any(told.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return told.get("architecture") == "x86_64" and not whole
+
+
 CAPABILITIES = _capabilities()
+SATURATES = adds_in_16_bits(CAPABILITIES)
 VECTORS = torch.backends.cpu.get_cpu_capability()
 SLOW_BFLOAT16 = slow_in_bfloat16(CAPABILITIES)
 

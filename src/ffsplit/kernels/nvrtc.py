@@ -119,4 +119,4 @@ def has_fast_memory(device: int) -> bool:
     if clock is None or width is None:  # unknown: what follows from fast memory is the safer choice
         return True
     # Twice the clock, in kHz, for both edges; the width is in bits.
-    return 2e3 * clock * width / 8 > FAST_MEMORY
+    return bool(2e3 * clock * width / 8 > FAST_MEMORY)
