@@ -14,6 +14,7 @@ from ffsplit.errors import ModelError
 from ffsplit.ffn.fused import FusedBranches
 from ffsplit.ffn.lookup import Lookup
 from ffsplit.ffn.merged import MergedCache, merged_sum
+from ffsplit.ffn.pieces import in_pieces, pays_in_pieces
 from ffsplit.ffn.projections import Dense, Projection, empty_projection
 from ffsplit.ffn.selectors import Selector, empty_selector
 from ffsplit.ffn.skips import Skip
@@ -178,7 +179,11 @@ class SumFFN(nn.Module):
         return cls(spec.d_model, branches, linear, vector(spec.d_model, spec.bias), lookup, skip)
 
     def forward(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
-        return self._sum(x) if self.skip is None else self.skip(x, self._sum)  # type: ignore[no-any-return]
+        return self._whole(x) if self.skip is None else self.skip(x, self._whole)  # type: ignore[no-any-return]
+
+    def _whole(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
+        pieces = self.lookup is None and pays_in_pieces(x, self._branches(), self.linear)
+        return in_pieces(x, self._sum) if pieces else self._sum(x)
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         branches = self._branches()
