@@ -41,8 +41,9 @@ ENCODERS = {"mpnet": mpnet_folder, "minilm": minilm}
 BUDGETS = ("43.1", "70")
 BATCHES, SEQ_LEN = (1, 32), 128
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
-ALIGN = 64
-"""Of widths and ranks on accelerators, whose matrix units work in tiles."""
+ALIGN, CPU_ALIGN = 64, 16
+"""Of widths and ranks: tiles of an accelerator's matrix units, and registers of 16 floats, which torch's products on
+CPUs want whole."""
 QUICK = 5
 """So many times the rounds for one sequence on a CPU, which is quick there and easily disturbed."""
 Row = dict[str, Any]
@@ -186,7 +187,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoders", type=listed, default=list(ENCODERS))
     parser.add_argument("--budgets", type=listed, default=list(BUDGETS))
     parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=list(BATCHES))
-    parser.add_argument("--align", type=int, help=f"of widths and ranks; {ALIGN} on accelerators, 1 on CPUs")
+    parser.add_argument("--align", type=int, help=f"of widths and ranks; {ALIGN} on accelerators, {CPU_ALIGN} on CPUs")
     parser.add_argument("--compile", action="store_true", help="also with every layer compiled")
     parser.add_argument("--compile-seconds", type=float, default=240, help="for all variants of an encoder together")
     parser.add_argument("--rounds", type=int, default=9)
@@ -206,7 +207,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
         parser.error("--clock cpu adds up the time of all threads: it goes with --threads 1, on the CPU")
     if options.align is None:
-        options.align = 1 if torch.device(options.device).type == "cpu" else ALIGN
+        options.align = CPU_ALIGN if torch.device(options.device).type == "cpu" else ALIGN
     return options
 
 

@@ -159,7 +159,8 @@ def circumstances(document: dict[str, Any]) -> str:
     runtime = {"torch": "torch", "onnx": "ONNX Runtime"}[document.get("runtime", "torch")]
     if document.get("clock") == "cpu":
         place += ", processor time"
-    return f"{place}, {runtime}, {document['dtype']}, sequence length {document['seq_len']}"
+    widths = f", widths in multiples of {document['align']}" if document.get("align", 1) > 1 else ""
+    return f"{place}, {runtime}, {document['dtype']}, sequence length {document['seq_len']}{widths}"
 
 
 def column_of(row: dict[str, Any]) -> tuple[int, bool, bool]:

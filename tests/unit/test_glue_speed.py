@@ -212,9 +212,9 @@ def test_names_of_the_results(script: Script) -> None:
     assert name("mine", "torch", gpu, "tf32", only=False) == "mine-tf32"
 
 
-def test_widths_are_aligned_on_accelerators(script: Script) -> None:
+def test_widths_are_aligned(script: Script) -> None:
     options = script("glue_speed").options_of
-    assert options([]).align == 1
+    assert options([]).align == 16
     assert options(["--device", "cuda", "--dtype", "float32,tf32"]).align == 64
     assert options(["--device", "cuda", "--align", "8"]).align == 8
     assert options(["--dtype", "float32,tf32"]).dtype == ["float32", "tf32"]
@@ -251,6 +251,16 @@ def test_the_table_tells_what_failed(script: Script) -> None:
         "",
         "Failed, batch 32, compiled graph: prune 70 (TritonMissing: no Triton)",
     ]
+
+
+def test_the_table_tells_where_times_were_taken(script: Script) -> None:
+    told = script("glue_table").circumstances
+    old = {"dtype": "float32", "seq_len": 128, "provenance": {"hardware": {"accelerator": None, "threads": 2}}}
+    assert told(old) == "CPU, 2 thread(s), torch, float32, sequence length 128"
+    new = {**old, "runtime": "onnx", "clock": "cpu", "align": 16}
+    assert told(new) == (
+        "CPU, 2 thread(s), processor time, ONNX Runtime, float32, sequence length 128, widths in multiples of 16"
+    )
 
 
 def test_a_time_without_a_dense_one_is_in_the_table(script: Script) -> None:

@@ -59,8 +59,8 @@ class FFSplitConfig(MethodConfig):
         polish: rounds of coordinate descent over scales and codes after GPTQ (ours; 0 is GPTQ as published).
         refit: least-squares fit of `down`, the heavy part absorbing the error of the rest. The paper has none.
         ridge: pull of that fit to the old weights.
-        align: with a low-rank or linear rest, the heavy count and the rank are multiples of this (hardware likes 64 or
-            128): the count is rounded, the rank rounded down, and what that leaves goes to more heavy neurons.
+        align: with a low-rank or linear rest, the heavy count and the rank are multiples of this (GPUs like 64 or 128,
+            CPUs 16): the count is rounded, the rank rounded down, and what that leaves goes to more heavy neurons.
 
     Raises (through pydantic): a value out of range, both or neither of the budgets, or a rest that does not fit the
     budget's kind.

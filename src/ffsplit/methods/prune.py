@@ -33,7 +33,7 @@ class PruneConfig(MethodConfig):
         compensate: `mean` adds an output bias that stands for the mean output of the pruned neurons (FLAP); with
             `refit` the bias is fitted together with `down`.
         ridge: pull of the refit to the old weights, relative to the mean diagonal of the hidden Gram.
-        align: with `keep`, the kept width is a multiple of this (hardware likes 64 or 128).
+        align: with `keep`, the kept width is a multiple of this (GPUs like 64 or 128, CPUs 16).
     """
 
     instead_of_budget: ClassVar[tuple[str, ...]] = ("width",)

@@ -21,7 +21,7 @@ class SVDConfig(KeepConfig):
     """Nothing to set but the budget and what hardware likes.
 
     Attributes:
-        align: the rank is a multiple of this, rounded down (hardware likes 64 or 128).
+        align: the rank is a multiple of this, rounded down (GPUs like 64 or 128, CPUs 16).
     """
 
     method: Literal["svd"] = "svd"
