@@ -288,7 +288,7 @@ def test_an_export_that_differs_leaves_nothing(
     def differs(*_: Any, **__: Any) -> tuple[float, None]:
         raise CheckpointError("logits of ONNX Runtime differs from torch's by 0.5")
 
-    monkeypatch.setattr(run, "_written", lambda *_: [])
+    monkeypatch.setattr(run, "write_graph", lambda *_: [])
     monkeypatch.setattr(run, "compared", differs)
     outcome = cli("export", exported[0], "--to", "onnx", "--out", untouched)
     assert outcome.code == 2
