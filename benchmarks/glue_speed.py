@@ -135,7 +135,7 @@ def onnx_rows(encoder: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def written(name: str, options: argparse.Namespace, dtype: str, device: torch.device) -> None:
-    """Time everything in one dtype; the file is written after every encoder."""
+    """Time everything in one dtype; the file holds what is done when the run is cut off."""
     document: dict[str, Any] = {
         "benchmark": "glue-speed",
         "runtime": options.runtime,
@@ -156,10 +156,11 @@ def written(name: str, options: argparse.Namespace, dtype: str, device: torch.de
                 rows = onnx_rows(encoder, options)
             else:
                 rows = torch_rows(encoder, device, getattr(torch, "float32" if dtype == "tf32" else dtype), options)
-            document["rows"] += rows
-            document["provenance"] = provenance(seed=0)
-            document["load_average"]["after"] = os.getloadavg()
-            write_result(name, document, options.folder)
+            for row in rows:  # those of a column come together, when all of them have been timed
+                document["rows"].append(row)
+                document["provenance"] = provenance(seed=0)
+                document["load_average"]["after"] = os.getloadavg()
+                write_result(name, document, options.folder)
 
 
 def result_name(out: str | None, runtime: str, device: torch.device, dtype: str, *, only: bool) -> str:
