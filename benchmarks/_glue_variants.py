@@ -99,6 +99,17 @@ def _narrow(model: PreTrainedModel, site: FFNSite, width: int) -> None:
     model.set_submodule(site.down, nn.Linear(width, site.d_model, **place))
 
 
+def make_recordable(model: PreTrainedModel) -> None:
+    """Take out of a forward what makes an accelerator wait for the host, which no graph can hold.
+
+    Beside the relative positions that is a look for padding in the token ids, which these batches do not have: releases
+    of transformers take two columns by a list, whose numbers are copied to the device, and read the answer.
+    """
+    reuse_position_bias(model)
+    if hasattr(model, "warn_if_padding_and_no_attention_mask"):
+        model.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+
+
 def reuse_position_bias(model: PreTrainedModel) -> None:
     """Let MPNet make its relative positions once for a batch and a length instead of in every forward.
 

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from _common import RESULTS, minilm, mpnet_folder, write_result
 from _glue_torch import Column, CompileBudget, Timed, times
-from _glue_variants import Variant, reuse_position_bias, variants_of
+from _glue_variants import Variant, make_recordable, variants_of
 from ffsplit.bench.graphs import can_capture
 from ffsplit.provenance import provenance
 from ffsplit.train.loop import precise
@@ -107,7 +107,7 @@ def told(row: Row, column: str) -> str:
 
 def torch_rows(encoder: str, device: torch.device, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Row]:
     model = built(encoder, device, dtype)
-    reuse_position_bias(model)
+    make_recordable(model)
     variants = variants_of(model, encoder, options.budgets, options.align)
     compiling = CompileBudget(options.compile_seconds)
     with torch.inference_mode():

@@ -86,6 +86,21 @@ def test_position_bias_is_made_once_a_size_and_is_the_same(script: Script, monke
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_padding_is_not_looked_for(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mpnet")
+
+    def looked(*_: Any) -> None:
+        raise AssertionError("the host reads token ids")
+
+    monkeypatch.setattr(type(model), "warn_if_padding_and_no_attention_mask", looked, raising=False)
+    with torch.inference_mode():
+        expected = tiny("mpnet")(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+        script("_glue_variants").make_recordable(model)
+        model.warn_if_padding_and_no_attention_mask(IDS, None)
+        torch.testing.assert_close(model(input_ids=IDS).last_hidden_state, expected)
+    assert "compute_position_bias" in vars(model.encoder)
+
+
 def test_a_model_without_position_bias_stays_as_it_is(script: Script) -> None:
     model = tiny("bert")
     before = dict(vars(model.encoder))
