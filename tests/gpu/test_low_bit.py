@@ -33,6 +33,13 @@ SUMS = [
     (512, [(128, 16), (128, 8), (320, 3), (256, 2)], 128, "silu", True, True, True, False),
     (320, [(192, 3)], 128, "gelu", False, False, False, True),
     (128, [(64, 2)], 64, "linear", True, False, False, False),
+    # Dense branches or inputs that end within the first group that some warp works on.
+    (1056, [(160, 16), (2016, 4)], 128, "gelu_new", False, False, True, False),
+    (1056, [(160, 16), (2016, 4)], 128, "silu", True, False, True, False),
+    (608, [(96, 16), (1376, 4)], 128, "silu", True, True, False, False),
+    (352, [(480, 4), (224, 16)], 64, "silu", True, True, False, False),
+    (288, [(96, 16), (352, 16), (416, 8), (160, 16)], 128, "gelu", False, True, False, True),
+    (448, [(320, 16), (192, 3)], 128, "silu", True, False, False, False),
 ]
 
 
@@ -84,6 +91,7 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
         found = on_gpu(x.cuda())
         assert found.dtype == dtype
         assert relative_error(found, exact) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+        poison()
         assert torch.equal(found, on_gpu(x.cuda()))  # sums are added up in one order
     assert launched
 

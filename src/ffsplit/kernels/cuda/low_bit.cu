@@ -227,6 +227,13 @@ __device__ __forceinline__ void accumulate(
             unit[k][i] = BITS != 16 && m[k].unit ? half_value(m[k].unit[row[i]]) / 256.f : 0.f;
         }
     if (first >= groups) return;
+    // A thread beyond the columns multiplies tokens of zero by what it loaded last, or by anything if this is its first
+    // group: codes are numbers whatever their bits, but halves may be NaN.
+    if (BITS == 16 && first == groups - 1)
+#pragma unroll
+        for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) next[k][i] = {};
     load(first);
     fetch(first);
     u32 grid[MATRICES][2];
