@@ -174,8 +174,8 @@ def column_title(column: tuple[int, bool, bool]) -> str:
 
 
 def speeds(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for every variant and a column for every way of running; what failed is told below."""
-    columns = sorted({column_of(row) for row in rows})
+    """A line for every variant and a column for every way of running that some got through; failures are told below."""
+    columns = sorted({column_of(row) for row in rows if "failed" not in row})
     lines = [f"| variant | FFN kept | {' | '.join(map(column_title, columns))} |", "|---" * (len(columns) + 2) + "|"]
     by_place = {(row["variant"], column_of(row)): row for row in rows}
     kept = {row["variant"]: row["keep_ffn"] for row in rows}
@@ -204,16 +204,17 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Which variants failed in which column, by reason."""
-    found: dict[tuple[tuple[int, bool, bool], str], list[str]] = defaultdict(list)
+    """Which variants failed in which columns, a paragraph for every reason."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if "failed" in row:
-            found[column_of(row), row["failed"]].append(row["variant"])
-    return (
-        ["", *(f"Failed, {column_title(column)}: {', '.join(names)} ({why})" for (column, why), names in found.items())]
-        if found
-        else []
-    )
+            found[row["failed"]][column_title(column_of(row))].append(row["variant"])
+    count = len({row["variant"] for row in rows})
+    lines: list[str] = []
+    for why, columns in found.items():
+        where = [f"{column}: {'all' if len(names) == count else ', '.join(names)}" for column, names in columns.items()]
+        lines += ["", f"Failed ({why}): {'; '.join(where)}."]
+    return lines
 
 
 def summary(rows: Rows) -> list[str]:

@@ -264,7 +264,7 @@ def test_the_table_tells_what_failed(script: Script) -> None:
         "| prune 70 | 0.290 | - | failed |",
         "| no FFN (the limit) | 0.000 | 3.00 | - |",
         "",
-        "Failed, batch 32, compiled graph: prune 70 (TritonMissing: no Triton)",
+        "Failed (TritonMissing: no Triton): batch 32, compiled graph: prune 70.",
     ]
 
 
