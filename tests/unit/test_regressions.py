@@ -60,6 +60,27 @@ def test_a_bare_model_may_lack_its_pooler(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "model")).load() is not None
 
 
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
+def test_a_checkpoint_that_names_a_head_it_does_not_hold(build: Callable[..., Any], tmp_path: Path) -> None:
+    """Its head was filled with random numbers, whose answers were compared and distilled (all-mpnet-base-v2 is one)."""
+    model = build(**SIZES, tie_word_embeddings=False)
+    body = AutoModel.from_config(model.config)
+    body.save_pretrained(tmp_path / "model")
+    _with_config(tmp_path / "model", architectures=[type(model).__name__])
+    loaded = open_source(str(tmp_path / "model")).load()
+    assert type(loaded) is type(body)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in body.state_dict().items())
+    result = ffsplit.compress(str(tmp_path / "model"), recipe="prune", keep=0.5, calibration=IDS, device="cpu")
+    ffsplit.save(result, tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["architectures"] == [type(body).__name__]
+
+
+def test_part_of_a_head_is_enough_to_keep_it(tmp_path: Path) -> None:
+    folder = saved(tiny_bert(**SIZES), tmp_path / "model", tokenizer=False)
+    assert "cls" in _without(folder, "cls")
+    assert type(open_source(str(folder)).load()) is tf.BertForMaskedLM
+
+
 @pytest.mark.parametrize("architecture", [["WibbleForCausalLM"], ["logging"], "LlamaForCausalLM"])
 def test_unknown_architecture(architecture: object, tmp_path: Path) -> None:
     """It was loaded as the bare model: the output head was lost without a word."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 
 from ffsplit.errors import FFSplitError, ModelError
 
+logger = logging.getLogger(__name__)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -86,6 +89,9 @@ class Source:
     def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model with its weights, on the CPU, in eval mode.
 
+        A checkpoint that names a class with a head but holds none of its weights (sentence encoders are saved so) is
+        loaded as the bare model: a head of random numbers has no answers.
+
         Args:
             dtype: of the weights; None keeps the stored one (float32 for GGUF).
 
@@ -93,19 +99,27 @@ class Source:
             ModelError: the weights cannot be read, or some of the FFN weights are missing in the files.
         """
         wanted: Any = dtype or (torch.float32 if self.gguf_file is not None else "auto")
-        kind = self.model_class
-        try:
-            model, info = kind.from_pretrained(self.location, dtype=wanted, output_loading_info=True, **self._options)
-        except FFSplitError:
-            raise
-        except Exception as error:  # the readers of each weight format have errors of their own
-            raise ModelError(f"{self.name}: transformers could not load the weights: {error}") from error
+        model, info = self._load(self.model_class, wanted)
+        if _lacks_head(model, info.get("missing_keys", ())):
+            logger.info("%s: no head of a %s is in the files; loaded without", self.name, type(model).__name__)
+            model, info = self._load(AutoModel, wanted)
         refuse_missing(self.name, model, info.get("missing_keys", ()))
         if self.gguf_file is not None:
             # The weights are plain tensors now; the marks of the file's format would make every tool treat the model
             # as quantised.
             model.hf_quantizer.remove_quantization_config(model)
         return model.eval()  # type: ignore[no-any-return]
+
+    def _load(self, kind: type[Any], dtype: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """What transformers loads, and what it says about it."""
+        try:
+            return kind.from_pretrained(  # type: ignore[no-any-return]
+                self.location, dtype=dtype, output_loading_info=True, **self._options
+            )
+        except FFSplitError:
+            raise
+        except Exception as error:  # the readers of each weight format have errors of their own
+            raise ModelError(f"{self.name}: transformers could not load the weights: {error}") from error
 
     def tokenizer(self) -> Any | None:
         """The model's tokenizer, or None when it has none (vision and audio models)."""
@@ -162,6 +176,13 @@ def _named(error: Exception) -> str:
     """An error as one line; with its class when the message alone says little (``KeyError: 'gelu2'``)."""
     words = " ".join(str(error).split()) if type(error).__name__.startswith("StrictDataclass") else first_line(error)
     return words if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {words}"
+
+
+def _lacks_head(model: PreTrainedModel, missing: Iterable[str]) -> bool:
+    """Whether all of the head's own weights are missing; a head may have none, tied to the embeddings."""
+    body = _body(model)
+    head = {name for name, _ in model.named_parameters() if not name.startswith(body)} if body else set()
+    return bool(head) and head <= set(missing)
 
 
 def refuse_missing(name: str, model: PreTrainedModel, missing: Any) -> None:
