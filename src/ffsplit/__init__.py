@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ffsplit.evaluate.evaluate import evaluate as evaluate_model  # noqa: F401
     from ffsplit.families import FFNSite as FFNSite
     from ffsplit.families import find_ffns as find_ffns
+    from ffsplit.families.centring import NormCentring as NormCentring
+    from ffsplit.families.centring import centre_norms as centre_norms
     from ffsplit.families.norms import NormFold as NormFold
     from ffsplit.families.norms import fold_norms as fold_norms
     from ffsplit.ffn.sum import Branch as Branch
@@ -54,6 +56,7 @@ _PUBLIC = {
     "FFNWeights": "ffsplit.ffn.weights:FFNWeights",
     "FFSplitError": "ffsplit.errors:FFSplitError",
     "ModelError": "ffsplit.errors:ModelError",
+    "NormCentring": "ffsplit.families.centring:NormCentring",
     "NormFold": "ffsplit.families.norms:NormFold",
     "Plan": "ffsplit.pipeline.plan:Plan",
     "Recipe": "ffsplit.pipeline.recipe:Recipe",
@@ -62,6 +65,7 @@ _PUBLIC = {
     "SavedCheckpoint": "ffsplit.checkpoint.save:SavedCheckpoint",
     "SumFFN": "ffsplit.ffn.sum:SumFFN",
     "available_methods": "ffsplit.methods.registry:methods",
+    "centre_norms": "ffsplit.families.centring:centre_norms",
     "compress": "ffsplit.pipeline.compress:compress",
     "decompress": "ffsplit.checkpoint.decompress:decompress",
     "evaluate_model": "ffsplit.evaluate.evaluate:evaluate",

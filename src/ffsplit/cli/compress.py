@@ -45,6 +45,9 @@ Bits = Annotated[float | None, typer.Option("--bits", help="Budget: stored bits 
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Budget: share of work left out at run time.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
 FoldNorms = Annotated[bool, typer.Option("--fold-norms", help="First fold norm weights into what they feed (exact).")]
+CentreNorms = Annotated[
+    bool, typer.Option("--centre-norms", help="Then take out of FFN outputs what LayerNorms subtract anyway (exact).")
+]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Keep activations on disk, below this directory.")]
 Measured = Annotated[
     Path | None,
@@ -76,6 +79,7 @@ def compress(
     dtype: options.Dtype = None,
     seed: Seed = None,
     fold_norms: FoldNorms = False,
+    centre_norms: CentreNorms = False,
     cache_dir: CacheDir = None,
     measured: Measured = None,
     overwrite: Overwrite = False,
@@ -104,6 +108,7 @@ def compress(
         calibration={name: value for name, value in asked.items() if value is not None},
         seed=seed,
         fold_norms=fold_norms or None,
+        centre_norms=centre_norms or None,
     )
     run = Run(model, out, place, weights, cache_dir, measured, verify=not no_verify, overwrite=overwrite)
     if pareto:

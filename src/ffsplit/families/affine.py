@@ -27,7 +27,7 @@ class Affine:
 
 
 class RefusedError(Exception):
-    """Why one norm cannot be folded. Never escapes this room."""
+    """Why one norm cannot be folded, or one FFN not be centred. Never escapes this room."""
 
 
 def affine_of(module: nn.Module) -> Affine:

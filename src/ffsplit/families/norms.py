@@ -4,24 +4,23 @@
 inputs of the FFN are plain normalised vectors, and the weights carry all of the scale.
 
 Reference: FlashNorm, arXiv 2407.09577 (RMSNorm); the same for the weight and bias of LayerNorm. LayerNorm's output
-before them has mean zero already, so for the FFN there is nothing to centre.
+before them has mean zero already, so in front of the FFN there is nothing to centre; behind it there is: `centring`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ffsplit.errors import ModelError
 from ffsplit.families.affine import Affine, RefusedError, affine_of, scale_and_shift
 from ffsplit.families.find import find_ffns
 from ffsplit.families.forward import Inputs, drive
+from ffsplit.families.in_place import Changed, check_unshared, overwrite, undone_on_error
 from ffsplit.families.norm_flow import NormTracer
 from ffsplit.families.outputs import Outputs, allowed_change, outputs_of, worst_change
 from ffsplit.families.projection import get_weight, is_projection
@@ -66,7 +65,7 @@ def fold_norms(model: PreTrainedModel, inputs: Inputs | None = None) -> tuple[No
     tracers = list(drive(model, lambda kwargs: NormTracer(model, kwargs), inputs).values())
     before = outputs_of(model, _watched, inputs)
     folds: list[NormFold] = []
-    with _undone_on_error() as changed:
+    with undone_on_error() as changed:
         for norm, (tracer, ffns) in _producers(tracers, [(site.name, site.up) for site in sites]).items():
             folds.append(_fold(model, tracer, norm, ffns, changed))
         if all(fold.refused for fold in folds):
@@ -88,9 +87,7 @@ def _producers(
     return found
 
 
-def _fold(
-    model: nn.Module, tracer: NormTracer, norm: str, ffns: tuple[str, ...], changed: dict[Tensor, Tensor]
-) -> NormFold:
+def _fold(model: nn.Module, tracer: NormTracer, norm: str, ffns: tuple[str, ...], changed: Changed) -> NormFold:
     """Fold one norm, or say why not. What is overwritten is kept in ``changed``."""
     gave = tracer.gave.get(norm, set())
     fed = tuple(path for path, given in tracer.given.items() if given & gave)
@@ -100,7 +97,7 @@ def _fold(
         module = model.get_submodule(norm)
         affine = affine_of(module)
         _check_flow(tracer, norm, fed)
-        _check_unshared(model, [norm, *fed])
+        check_unshared(model, [norm, *fed])
         _absorb(model, module, affine, fed, changed)
     except RefusedError as error:
         return NormFold("" if norm.startswith("?") else norm, ffns, fed, str(error))
@@ -119,17 +116,7 @@ def _check_flow(tracer: NormTracer, norm: str, fed: Sequence[str]) -> None:
             raise RefusedError(f"{path} is also used on other inputs")
 
 
-def _check_unshared(model: nn.Module, paths: Sequence[str]) -> None:
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for path in paths:
-        for name, parameter in model.get_submodule(path).named_parameters(recurse=False):
-            if owners[id(parameter)] > 1:
-                raise RefusedError(f"{path}.{name} is shared with another module")
-
-
-def _absorb(
-    model: nn.Module, norm: nn.Module, affine: Affine, fed: Sequence[str], changed: dict[Tensor, Tensor]
-) -> None:
+def _absorb(model: nn.Module, norm: nn.Module, affine: Affine, fed: Sequence[str], changed: Changed) -> None:
     scale, shift = scale_and_shift(norm, affine)
     pairs = [(path, *get_weight(model.get_submodule(path))) for path in fed]
     if shift is not None and bool(shift.any()):
@@ -137,30 +124,14 @@ def _absorb(
         if lacking is not None:
             raise RefusedError(f"it has a bias, and {lacking} has none to take it")
 
-    def overwrite(tensor: Tensor, value: Tensor | float) -> None:
-        changed[tensor] = tensor.clone()
-        tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
-
     for _, weight, bias in pairs:
         wide = weight.double()
         if shift is not None and bias is not None:
-            overwrite(bias, bias.double() + wide @ shift.to(wide.device))
-        overwrite(weight, wide * scale.to(wide.device))
-    overwrite(norm.get_parameter(affine.weight).detach(), 1.0 - affine.offset)
+            overwrite(bias, bias.double() + wide @ shift.to(wide.device), changed)
+        overwrite(weight, wide * scale.to(wide.device), changed)
+    overwrite(norm.get_parameter(affine.weight).detach(), 1.0 - affine.offset, changed)
     if affine.bias is not None:
-        overwrite(norm.get_parameter(affine.bias).detach(), 0.0)
-
-
-@contextmanager
-def _undone_on_error() -> Iterator[dict[Tensor, Tensor]]:
-    """Tensors by what they held; it is put back when something goes wrong."""
-    changed: dict[Tensor, Tensor] = {}
-    try:
-        yield changed
-    except BaseException:
-        for tensor, old in changed.items():
-            tensor.copy_(old)
-        raise
+        overwrite(norm.get_parameter(affine.bias).detach(), 0.0, changed)
 
 
 def _compare(model: PreTrainedModel, before: Outputs, after: Outputs) -> None:

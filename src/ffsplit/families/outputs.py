@@ -32,11 +32,15 @@ def outputs_of(model: PreTrainedModel, watched: Callable[[nn.Module], bool], inp
 def worst_change(before: Outputs, after: Outputs) -> tuple[str, float]:
     """The module whose outputs have changed the most, and by how much, relative to their norm; NaN counts as worst."""
     changes = {
-        path: max((relative_change(old, new) for old, new in zip(tensors, after[path], strict=True)), default=0.0)
+        path: max((relative_change(*pair) for pair in zip(tensors, after[path], strict=True)), key=_rank, default=0.0)
         for path, tensors in before.items()
     }
-    worst = max(changes, key=lambda path: float("inf") if changes[path] != changes[path] else changes[path])
+    worst = max(changes, key=lambda path: _rank(changes[path]))
     return worst, changes[worst]
+
+
+def _rank(change: float) -> float:
+    return float("inf") if change != change else change
 
 
 def relative_change(old: Tensor, new: Tensor) -> float:

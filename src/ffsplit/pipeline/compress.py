@@ -31,6 +31,8 @@ from ffsplit.families import (
     verify_attention,
 )
 from ffsplit.families.attention import sites_in
+from ffsplit.families.centring import centre_norms as centre
+from ffsplit.families.centring import check_centring
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.families.norms import fold_norms as fold
 from ffsplit.ffn.shape import FFNShape
@@ -72,6 +74,7 @@ def compress(
     dtype: torch.dtype | None = None,
     seed: int | None = None,
     fold_norms: bool | None = None,
+    centre_norms: bool | None = None,
     journal: str | Path | None = None,
     cache_dir: str | Path | None = None,
     measured: str | Path | None = None,
@@ -101,6 +104,8 @@ def compress(
         seed: of everything random.
         fold_norms: first fold the weights of the norms in front of the FFNs into what they feed; see
             :func:`ffsplit.fold_norms`.
+        centre_norms: then take out of every FFN's ``down`` what LayerNorms subtract anyway; see
+            :func:`ffsplit.centre_norms`.
         journal: directory that lets a killed run go on; removed by the command line once the result is saved.
         cache_dir: keep activations on disk below this directory instead of in memory.
         measured: directory where a planner finds and leaves its measurements, so that other budgets of the same model
@@ -126,6 +131,7 @@ def compress(
         calibration=overrides,
         seed=seed,
         fold_norms=fold_norms,
+        centre_norms=centre_norms,
     )
     if isinstance(model, str | Path):
         model, tokenizer = load_dense(str(model), tokenizer, [resolved], dtype)
@@ -280,9 +286,13 @@ def prepare(
         job.settle(recipe.methods_for(len(shapes)))
         if recipe.recovery is not None:
             check_masks(recipe.recovery, {ffn.name: ffn.spec for ffn in job.plan.ffns}, job.plan.dense_parameters)
+    # After the hash, which is that of the model as it came.
     if recipe.fold_norms:
-        # After the hash, which is that of the model as it came.
+        if recipe.centre_norms:
+            check_centring(model)  # before anything changes: who hands in a model gets it back as it was
         job.folds = fold(model)
+    if recipe.centre_norms:
+        job.centrings = centre(model)
     return job
 
 

@@ -56,9 +56,10 @@ def _store(job: Job, log: Journal, measured: str | Path | None) -> Path:
         return log.folder("measured")
     identity = job.identity()
     parts = {name: identity[name] for name in ("model", "data", "dtype", "versions")}
-    # The model's hash is that of the model as it came, and folding changes damages. Some methods draw random numbers.
+    # The model's hash is that of the model as it came, and folding and centring change damages. Some methods draw
+    # random numbers.
     # Measurements are of so many batches, and the data's hash does not tell their size.
-    settings = {"fold_norms": job.recipe.fold_norms, "seed": job.recipe.seed}
+    settings = {name: getattr(job.recipe, name) for name in ("fold_norms", "centre_norms", "seed")}
     parts |= {name: value for name, value in settings.items() if value}
     if job.recipe.calibration.batch_size > 1:
         parts["batch_size"] = job.recipe.calibration.batch_size

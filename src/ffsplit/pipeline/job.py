@@ -16,6 +16,7 @@ from ffsplit.calibrate.batches import Batches
 from ffsplit.calibrate.gradients import NeuronGradients, collect_gradients
 from ffsplit.families import AttentionSite, FFNs
 from ffsplit.families.attention import attention_parameters
+from ffsplit.families.centring import NormCentring
 from ffsplit.families.norms import NormFold
 from ffsplit.families.projection import is_projection
 from ffsplit.ffn.shape import FFNShape
@@ -40,6 +41,7 @@ class Job:
         notes: one entry per finished FFN, in the order of execution.
         gradients: of the dense model's loss, by the FFN's name; empty until :meth:`take_gradients` was needed.
         folds: what became of the norms in front of the FFNs, when the recipe folds them.
+        centrings: what became of the outputs of the FFNs, when the recipe centres them.
         attention: the attentions that the planner may leave out.
     """
 
@@ -57,6 +59,7 @@ class Job:
     decision: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
     folds: tuple[NormFold, ...] = ()
+    centrings: tuple[NormCentring, ...] = ()
     attention: tuple[AttentionSite, ...] = ()
     gradients: dict[str, NeuronGradients] = field(default_factory=dict)
 
@@ -132,6 +135,7 @@ def make_report(job: Job, seconds: float) -> dict[str, Any]:
         **({"decision": job.decision} if job.decision else {}),
         "layers": job.notes,
         "folded_norms": [asdict(fold) for fold in job.folds],
+        "centred_ffns": [asdict(centring) for centring in job.centrings],
         "seconds": round(seconds, 1),
         "provenance": provenance(seed=job.recipe.seed, data={"calibration": job.data.sha256})
         | {"model_sha256": job.model_sha256},

@@ -116,6 +116,8 @@ class Recipe(_Block):
         propagate: fit each layer on the inputs that the already compressed ones give it.
         fold_norms: first fold the weights of the norms in front of the FFNs into what they feed: no output changes, but
             the weights and inputs that methods see do.
+        centre_norms: then take out of every FFN's ``down`` what LayerNorms subtract anyway, the mean over d_model: no
+            output of the model changes, but those of its FFNs do.
         drift: share, 0 to 1, of the residual stream's drift from the dense model that each refit also tries to repair;
             at 0 a compressed FFN only imitates its dense one on the inputs that it gets.
         seed: of everything random.
@@ -128,6 +130,7 @@ class Recipe(_Block):
     calibration: Calibration = Calibration()
     propagate: bool = True
     fold_norms: bool = False
+    centre_norms: bool = False
     drift: float = Field(0.0, ge=0, le=1)
     seed: int = Field(0, ge=0, lt=2**32)
     recovery: Recovery | None = None
@@ -137,6 +140,8 @@ class Recipe(_Block):
         """Why the FFNs cannot be compared with those of the dense model one by one; None if they can be."""
         if self.fold_norms:
             return "the norms in front of these FFNs were folded into them (fold_norms)"
+        if self.centre_norms:
+            return "the outputs of these FFNs were centred (centre_norms)"
         if self.planner is not None and self.planner.method == "ffn-fusion":
             return "some of these FFNs hold the neurons of several (ffn-fusion)"
         return None
@@ -204,6 +209,7 @@ def load_recipe(
     calibration: dict[str, Any] | None = None,
     seed: int | None = None,
     fold_norms: bool | None = None,
+    centre_norms: bool | None = None,
 ) -> Recipe:
     """A recipe from a method's name, a preset's name, a YAML file or plain values, with the caller's values on top.
 
@@ -217,6 +223,7 @@ def load_recipe(
         calibration: fields of :class:`Calibration` that replace the recipe's.
         seed: replaces the recipe's.
         fold_norms: replaces the recipe's.
+        centre_norms: replaces the recipe's.
 
     Raises:
         RecipeError: unknown name, key or value; or a budget that the method does not take.
@@ -235,7 +242,8 @@ def load_recipe(
         if not isinstance(stated, dict):
             raise RecipeError(f"recipe: calibration must be a mapping such as {{source: builtin}}, not {stated!r}")
         values["calibration"] = {**stated, **calibration}
-    values |= {name: value for name, value in (("seed", seed), ("fold_norms", fold_norms)) if value is not None}
+    replaced = {"seed": seed, "fold_norms": fold_norms, "centre_norms": centre_norms}
+    values |= {name: value for name, value in replaced.items() if value is not None}
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
