@@ -36,6 +36,8 @@ class OnnxFFN(nn.Module):
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         content = model.SerializeToString()
+        # Peers take turns: threads that go on spinning after a run would slow down the next one.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ def session(graph: Path | bytes, threads: int | None = None) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    # Its threads would go on spinning after a run and slow down whatever runs next, another session being timed say.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     where = graph if isinstance(graph, bytes) else str(graph)
     return onnxruntime.InferenceSession(where, options, providers=["CPUExecutionProvider"])
 
