@@ -187,8 +187,11 @@ def test_matrices_in_onednns_layout_are_held_too() -> None:
 
 
 def test_memory_of_work_is_what_it_takes_beyond_before() -> None:
-    extra = extra_bytes(lambda: torch.ones(8 << 20).sum(), CPU)
-    assert extra is None or 24 << 20 < extra < 64 << 20
+    # So large that the allocator asks the system for it, whatever it has kept of what earlier tests freed.
+    extra = extra_bytes(lambda: torch.ones(32 << 20).sum(), CPU)
+    if extra is None:
+        pytest.skip("this system does not tell")
+    assert 100 << 20 < extra < 200 << 20
 
 
 # Without integer dot products torch's int8 kernel adds in 16 bits, where large products are cut off.
