@@ -16,13 +16,12 @@ from ffsplit.calibrate.batches import CalibrationInput, is_causal, make_windows,
 from ffsplit.calibrate.tokens import TokenWindows, max_positions
 from ffsplit.errors import DataError
 from ffsplit.recover.config import Recovery
+from ffsplit.train.lengths import alike
 
 NO_TARGET = -100
 MOST_HELD_OUT = 64
 MASKED_SHARE = 0.15
 _SEED_STRIDE = 1_000_003
-_BUCKET = 50
-"""Batches among whose windows those of similar length are put together."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,9 @@ class Text:
         order = torch.randperm(self.trained_on, generator=generator)[: self.trained_on // size * size]
         if self.windows.attention_mask is None:
             return order.view(-1, size)
-        lengths = self.windows.attention_mask[order].sum(1)
-        buckets = zip(*(torch.split(each, _BUCKET * size) for each in (order, lengths)), strict=True)
-        alike = torch.cat([rows[length.argsort(stable=True)] for rows, length in buckets]).view(-1, size)
-        return alike[torch.randperm(len(alike), generator=generator)]
+        lengths = self.windows.attention_mask.sum(1).numpy()
+        batches = torch.from_numpy(alike(order.numpy(), lengths, size)).view(-1, size)
+        return batches[torch.randperm(len(batches), generator=generator)]
 
     def held_out_batches(self) -> Iterator[Sample]:
         """The held-out windows, every time with the same masks."""

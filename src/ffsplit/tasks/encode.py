@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ffsplit.errors import DataError
 from ffsplit.tasks.examples import Examples
+from ffsplit.train.lengths import alike
 
-_BUCKET = 50
 _MULTIPLE = 8
 Batch = dict[str, Tensor]
 
@@ -86,8 +86,6 @@ class Epochs:
     def _shuffled(self, epoch: int) -> Sequence[np.ndarray]:
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.lengths))
-        width = _BUCKET * self.batch_size
-        buckets = [order[start : start + width] for start in range(0, len(order), width)]
-        order = np.concatenate([bucket[np.argsort(self.lengths[bucket], kind="stable")] for bucket in buckets])
+        order = alike(order, self.lengths, self.batch_size)
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         return [batches[index] for index in generator.permutation(len(batches))]
