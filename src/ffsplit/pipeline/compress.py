@@ -48,7 +48,7 @@ from ffsplit.pipeline.result import CompressionResult
 from ffsplit.provenance import hash_model
 from ffsplit.recover.run import check_masks, check_possible, recover_model
 from ffsplit.recover.text import recovery_windows
-from ffsplit.recover.weights import sums_of
+from ffsplit.recover.weights import specs_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -146,7 +146,7 @@ def compress(
     resolved = _with_data(resolved, job.data, named=isinstance(source, str))
     notes = None if retrain is None else retrain(dense=job.plan.dense_parameters)
     if notes is not None:
-        job.plan = job.plan.with_specs({name: module.spec for name, module in sums_of(model).items()})
+        job.plan = job.plan.with_specs(specs_of(model))
     report = make_report(job, seconds) | ({} if notes is None else {"recovery": notes})
     return CompressionResult(model, job.plan, resolved, report, tokenizer)
 

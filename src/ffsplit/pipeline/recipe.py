@@ -24,6 +24,8 @@ BUDGETS = {
 }
 WHOLE_MODEL = ("bytes", "flops", "latency")
 BUDGET_FIELDS = frozenset({*BUDGETS, *WHOLE_MODEL})
+ALL_NEURONS: dict[str, Any] = {"method": {"method": "prune", "keep": 1.0, "score": "magnitude", "refit": False}}
+"""What masks start from: sums that are the dense FFNs."""
 DEFAULT_DOCUMENTS = 1024
 """Calibration sequences of a model that reads documents, unless a number is asked for: these are short,
 and a fit over thousands of neurons needs tens of thousands of tokens."""

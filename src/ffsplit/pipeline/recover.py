@@ -20,13 +20,13 @@ from ffsplit.pipeline.compress import Progress, compress, default_device, refuse
 from ffsplit.pipeline.job import budget_of, linear_parameters
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.plan import Plan
-from ffsplit.pipeline.recipe import Recipe, load_recipe
+from ffsplit.pipeline.recipe import ALL_NEURONS, Recipe, load_recipe
 from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE, CompressionResult
 from ffsplit.provenance import provenance
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.run import check_masks, check_possible, recover_model
 from ffsplit.recover.text import recovery_windows
-from ffsplit.recover.weights import sums_of
+from ffsplit.recover.weights import specs_of, sums_of
 
 TextInput = str | Path | Sequence[str] | Tensor | TokenWindows
 
@@ -98,7 +98,7 @@ def recover(
     made = provenance(seed=settings.seed, data={"recovery": windows.sha256})
     report = {**report, "recovery": {**notes, "provenance": made}}
     if "masks" in settings.stages:
-        plan = plan.with_specs({name: module.spec for name, module in sums_of(model).items()})
+        plan = plan.with_specs(specs_of(model))
         report["budget"] = budget_of(plan, *sizes)
     return CompressionResult(model, plan, recipe.model_copy(update={"recovery": settings}), report, tokenizer)
 
@@ -120,10 +120,9 @@ def _from_dense(
     """
     if teacher is not None and str(teacher) != name:
         raise RecipeError(f"{name} is a dense model, which is its own teacher here: leave the teacher out")
-    start = {"method": "prune", "keep": 1.0, "score": "magnitude", "refit": False}
     return compress(
         name,
-        recipe={"method": start, "recovery": settings.model_dump(exclude_unset=True), "seed": settings.seed},
+        recipe={**ALL_NEURONS, "recovery": settings.model_dump(exclude_unset=True), "seed": settings.seed},
         calibration=data if data is not None else settings.source,  # type: ignore[arg-type]
         field=settings.field,
         samples=1,  # nothing is fitted

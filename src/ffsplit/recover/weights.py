@@ -20,6 +20,11 @@ def sums_of(model: nn.Module) -> dict[str, SumFFN]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SumFFN)}
 
 
+def specs_of(model: nn.Module) -> dict[str, SumSpec]:
+    """The structures of the compressed FFNs of a model, by path."""
+    return {path: module.spec for path, module in sums_of(model).items()}
+
+
 def as_sums(model: PreTrainedModel) -> dict[str, SumFFN]:
     """The compressed FFNs of a model. Those of a plain one, whose FFNs are merely narrower, become sums first.
 
@@ -42,9 +47,9 @@ def same_structure(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: one has another.
     """
-    before: dict[str, SumSpec] = {path: module.spec for path, module in sums_of(model).items()}
+    before = specs_of(model)
     yield
-    after = {path: module.spec for path, module in sums_of(model).items()}
+    after = specs_of(model)
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     if changed:
         raise ModelError(f"recovery changed the structure of {changed[0]}, which it must not")

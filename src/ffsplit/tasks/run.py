@@ -29,11 +29,11 @@ from ffsplit.pipeline.compress import check_plan, compress, refuse_compressed, s
 from ffsplit.pipeline.job import budget_of, linear_parameters
 from ffsplit.pipeline.load import Source
 from ffsplit.pipeline.plan import make_plan
-from ffsplit.pipeline.recipe import Recipe, load_recipe
+from ffsplit.pipeline.recipe import ALL_NEURONS, Recipe, load_recipe
 from ffsplit.pipeline.result import PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from ffsplit.plain import plain
 from ffsplit.provenance import hash_model, provenance
-from ffsplit.recover.weights import sums_of
+from ffsplit.recover.weights import specs_of
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
 from ffsplit.tasks.encode import Encoded, encode
 from ffsplit.tasks.examples import TaskData
@@ -45,8 +45,6 @@ from ffsplit.train.movement import Movement, budgets_for
 Progress = Callable[[str, int, int], None]
 Phase = Literal["dense", "compressed", "recovered"]
 RUN_FILE = "ffsplit_glue.json"
-ALL_NEURONS = {"method": {"method": "prune", "keep": 1.0, "score": "magnitude", "refit": False}}
-"""What masks start from."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ class GlueJob:
         """Masks leave no model between the dense and the final one."""
         return ("dense", "recovered") if isinstance(self.way, Movement) else ("dense", "compressed", "recovered")
 
+    @cached_property
     def _way(self) -> dict[str, Any]:
+        """How the encoder is made smaller, in plain values; a student's weights are read once for it."""
         if isinstance(self.way, Recipe):
             return {"recipe": self.way.model_dump(mode="json")}
         if isinstance(self.way, Movement):
@@ -106,7 +106,7 @@ class GlueJob:
                 "weights": self._weights,
                 "task": self.data.task.name,
                 "data": self.data.describe(),
-                **self._way(),
+                **self._way,
                 "dense": asdict(replace(self.dense, seed=0)),
                 "recovery": asdict(replace(self.recovery, seed=0)),
                 "seq_len": self.seq_len,
@@ -286,7 +286,7 @@ class _Seed:
         result = compress(model, self.tokenizer, recipe=ALL_NEURONS, calibration=texts, device=job.device)
         model = result.model.to(job.device)
         facts = self._tune("recovered", model, job.recovery, teacher, movement)
-        plan = result.plan.with_specs({name: module.spec for name, module in sums_of(model).items()})
+        plan = result.plan.with_specs(specs_of(model))
         made = {"masks": asdict(movement), **facts}
         report = {**result.report, "budget": budget_of(plan, *sizes), "fine_tuning": made}
         save(replace(result, model=model.cpu(), plan=plan, report=plain(report)), target)
