@@ -22,7 +22,7 @@ from ffsplit.families.find import find_ffns
 from ffsplit.families.forward import Inputs, drive
 from ffsplit.families.in_place import Changed, check_unshared, overwrite, undone_on_error
 from ffsplit.families.norm_flow import NormTracer
-from ffsplit.families.outputs import Outputs, allowed_change, outputs_of, worst_change
+from ffsplit.families.outputs import allowed_change, outputs_of, refuse_change
 from ffsplit.families.projection import get_weight, is_projection
 
 
@@ -71,7 +71,7 @@ def fold_norms(model: PreTrainedModel, inputs: Inputs | None = None) -> tuple[No
         if all(fold.refused for fold in folds):
             reasons = "".join(f"\n  {fold.norm or fold.ffns[0]}: {fold.refused}" for fold in folds)
             raise ModelError(f"no norm of {type(model).__name__} can be folded into the projections it feeds:{reasons}")
-        _compare(model, before, outputs_of(model, _watched, inputs))
+        refuse_change(model, before, outputs_of(model, _watched, inputs), "folding its norms", allowed_change(model))
     return tuple(folds)
 
 
@@ -132,15 +132,6 @@ def _absorb(model: nn.Module, norm: nn.Module, affine: Affine, fed: Sequence[str
     overwrite(norm.get_parameter(affine.weight).detach(), 1.0 - affine.offset, changed)
     if affine.bias is not None:
         overwrite(norm.get_parameter(affine.bias).detach(), 0.0, changed)
-
-
-def _compare(model: PreTrainedModel, before: Outputs, after: Outputs) -> None:
-    path, error = worst_change(before, after)
-    if not error <= allowed_change(model):  # NaN must not pass
-        raise ModelError(
-            f"{path or type(model).__name__}: folding its norms changes what it returns by {error:.3g} "
-            f"(relative, allowed {allowed_change(model):.3g}), so they were left as they were"
-        )
 
 
 def _watched(module: nn.Module) -> bool:

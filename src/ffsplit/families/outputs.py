@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ffsplit.errors import ModelError
 from ffsplit.families.forward import Inputs, drive
 from ffsplit.families.verify import HALF_TOLERANCE, TOLERANCE
 
@@ -37,6 +38,27 @@ def worst_change(before: Outputs, after: Outputs) -> tuple[str, float]:
     }
     worst = max(changes, key=lambda path: _rank(changes[path]))
     return worst, changes[worst]
+
+
+def refuse_change(model: PreTrainedModel, before: Outputs, after: Outputs, what: str, allowed: float) -> None:
+    """Refuse a change of weights that changes what a model returns.
+
+    Args:
+        model: for the message.
+        before: of it.
+        after: of it.
+        what: was done, for the message.
+        allowed: relative change of any output.
+
+    Raises:
+        ModelError: the worst change is above what is allowed, or no number.
+    """
+    path, error = worst_change(before, after)
+    if not error <= allowed:  # NaN must not pass
+        raise ModelError(
+            f"{path or type(model).__name__}: {what} changes what it returns by {error:.3g} "
+            f"(relative, allowed {allowed:.3g}), so they were left as they were"
+        )
 
 
 def _rank(change: float) -> float:
