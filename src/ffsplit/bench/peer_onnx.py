@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.bench.peer_linears import int4_codes
+from ffsplit.export.check import session
 from ffsplit.ffn.weights import FFNWeights
 
 BLOCK = 128
@@ -30,15 +31,7 @@ class OnnxFFN(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        content = model.SerializeToString()
-        # Peers take turns: threads that go on spinning after a run would slow down the next one.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.session = session(model.SerializeToString(), torch.get_num_threads())
 
     def forward(self, x: Tensor) -> Tensor:
         (found,) = self.session.run(None, {"x": x.float().numpy()})
