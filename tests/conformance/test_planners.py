@@ -154,9 +154,10 @@ def test_the_budget_is_met_over_the_whole_model(
 def test_deciding_leaves_the_model_as_it_was(family: str, name: str, case: dict[str, Any]) -> None:
     model = dense(family)
     before, weights = state(model), {n: t.clone() for n, t in model.state_dict().items()}
-    decision_on(model, name, case)
+    first = decision_on(model, name, case)
     assert state(model) == before
     assert all(torch.equal(tensor, weights[n]) for n, tensor in model.state_dict().items())
+    assert decision_on(model, name, case) == first
 
 
 @pytest.mark.parametrize(("family", "name", "case"), EVERY, ids=label)
