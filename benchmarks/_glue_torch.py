@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,17 +91,12 @@ def times(
     clock: Clock = time.perf_counter,
 ) -> list[Timed]:
     """The medians of all variants, which take turns; one that cannot be run does not stop the others."""
-    with compiled_layers(model) if column.compiled else _as_it_is():
+    with compiled_layers(model) if column.compiled else nullcontext():
         ready = [_ready(model, variant, ids, column, budget) for variant in variants]
         runs = [one for one in ready if one.work is not None]
         repeats = _repeats(runs[0], ids.device) if runs else 1
         found = iter(medians([_timer(one, ids.device, repeats, clock) for one in runs], rounds, WARMUP))
         return [Timed(next(found) if one.work is not None else None, one.compile_seconds, one.failed) for one in ready]
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager

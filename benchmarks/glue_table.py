@@ -192,15 +192,10 @@ def cell(row: dict[str, Any] | None) -> str:
     if "failed" in row:
         return "failed"
     shown = "?" if row["speed"] is None else f"{row['speed']:.2f}"
-    own_time = row["variant"] == "dense" or row["speed"] is None
+    if row["variant"] != "dense" and row["speed"] is not None:
+        return shown
     taken = row["milliseconds"]
-    return (
-        f"{shown} ({taken:,.0f} ms)"
-        if own_time and taken >= 100
-        else f"{shown} ({taken:.3g} ms)"
-        if own_time
-        else shown
-    )
+    return f"{shown} ({taken:,.0f} ms)" if taken >= 100 else f"{shown} ({taken:.3g} ms)"
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
