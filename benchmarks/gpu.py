@@ -144,6 +144,34 @@ def gemlite_ffn(d_model: int, d_ff: int, gated: bool) -> nn.Module | None:
     return GemliteFFN()
 
 
+def torchao_ffn(d_model: int, d_ff: int, gated: bool) -> nn.Module | None:
+    """Linear layers that torchao has quantised to 4 bits, where torchao is installed and can do it here."""
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    except ImportError:
+        return None
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kind = {"bias": False, "device": "cuda", "dtype": torch.bfloat16}
+            self.up, self.down = nn.Linear(d_model, d_ff, **kind), nn.Linear(d_ff, d_model, **kind)
+            self.gate = nn.Linear(d_model, d_ff, **kind) if gated else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.gate is None:
+                return self.down(F.gelu(self.up(x), approximate="tanh"))
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    found = Layers()
+    try:
+        quantize_(found, Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
+    except (RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
+        print(f"torchao: {str(error)[:100]}", flush=True)
+        return None
+    return found
+
+
 def reference_error(ffn: SumFFN, x: Tensor, run: Call) -> float:
     """Relative to float64."""
     exact = copy.deepcopy(ffn).double()(x.double())
@@ -204,6 +232,7 @@ def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tupl
         ),
         # What one token moves: all of the matrix that is compared with the threshold, half of the others.
         CATS: copies(lambda: thresholded_ffn(d_model, d_ff, gated), weights * (4 / 3 if gated else 3 / 2)),
+        "torchao int4": copies(lambda: torchao_ffn(d_model, d_ff, gated), weights * 4.25 / 8),
         "torch int4": copies(lambda: TorchInt4(d_model, d_ff, gated), weights * 4.25 / 8),
         # gemlite searches for every new shape, which takes minutes: the first one only.
         "gemlite w4": copies(
@@ -228,7 +257,9 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
         graphs, errors = {}, {}
         for name, (modules, _) in made.items():
             # Beyond, they are far slower than the dense FFN; every new shape costs gemlite a search.
-            if (name == "torch int4" and count > 256) or (name == "gemlite w4" and count not in (1, 16)):
+            if (name in ("torch int4", "torchao int4") and count > 256) or (
+                name == "gemlite w4" and count not in (1, 16)
+            ):
                 continue
             if name == CATS and count > MOST_THRESHOLDED:
                 continue

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
-from ffsplit.kernels import float8_ffn, low_bit, nvrtc
+from ffsplit.kernels import float8_ffn, low_bit
 from ffsplit.ops.rounding import Grid, nearest_scale
 from tests.gpu.memory import poison
 
@@ -82,8 +82,6 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     launched = []
     call = low_bit.LowBitFFN.__call__
     monkeypatch.setattr(low_bit.LowBitFFN, "__call__", lambda self, x: launched.append(1) or call(self, x))
-    # Where memory is fast, two branches are left to decoded weights sooner; here their kernels are meant.
-    monkeypatch.setattr(nvrtc, "has_fast_memory", lambda _device: False)
     on_gpu = copy.deepcopy(ffn).cuda()
     for tokens in ((1, 7, 8), (9, 16, 17), (24, 31, 32))[index % 3]:
         launched.clear()

@@ -22,7 +22,7 @@ from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.dispatch import belong
 from ffsplit.kernels.float8_ffn import set_prefill
-from ffsplit.kernels.low_bit import ALIGNMENT, LowBitFFN, LowBitShape, takes
+from ffsplit.kernels.low_bit import ALIGNMENT, TOKENS, Layout, LowBitFFN, LowBitShape, takes
 from ffsplit.ops.rounding import Grid
 
 
@@ -88,28 +88,21 @@ def test_only_few_halves_on_a_gpu_are_taken() -> None:
     assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"), [shape])
 
 
-@pytest.mark.parametrize(
-    ("memory", "most"),
-    [({"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 32),  # an H100
-     ({"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 16),  # an H200
-     ({}, 16)],
-)  # fmt: skip
-def test_two_branches_are_left_to_decoded_weights_sooner_where_memory_is_fast(
-    monkeypatch: pytest.MonkeyPatch, memory: dict[str, int], most: int
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(**memory))
+def test_up_to_32_halves_of_matrices_that_can_be_counted_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    one, two = (LowBitShape(64, (64,) * count, (4,) * count, 64, True, "silu") for count in (1, 2))
 
-    def taken(tokens: int, shape: LowBitShape) -> bool:
+    def taken(tokens: int, neurons: tuple[int, ...]) -> bool:
+        shape = LowBitShape(65536, neurons, (4,) * len(neurons), 64, True, "silu")
         x = SimpleNamespace(  # stands for a tensor on a GPU, which there may be none of
-            device=SimpleNamespace(type="cuda", index=0), dtype=torch.bfloat16, shape=(tokens, 64),
-            numel=lambda: 64 * tokens,
+            device=SimpleNamespace(type="cuda", index=0), dtype=torch.bfloat16, shape=(tokens, 65536),
+            numel=lambda: 65536 * tokens,
         )  # fmt: skip
         return takes(x, [shape])  # type: ignore[arg-type]
 
-    assert [tokens for tokens in range(1, 40) if taken(tokens, one)] == list(range(1, 33))
-    assert [tokens for tokens in range(1, 40) if taken(tokens, two)] == list(range(1, most + 1))
+    for neurons in ((64,), (64, 64)):
+        assert [tokens for tokens in range(1, 40) if taken(tokens, neurons)] == list(range(1, 33))
+    assert taken(1, (64, 32704))
+    assert not taken(1, (64, 32768))  # 4 GiB in 16 bits
 
 
 def test_a_replaced_projection_is_noticed_and_copies_start_anew() -> None:
@@ -184,16 +177,30 @@ def test_sources_belong_to_the_package() -> None:
 def test_instances_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, tuple[int, ...]]] = []
     monkeypatch.setattr(
-        nvrtc, "launcher", lambda name, kernel, arguments, device: asked.append((name, kernel, arguments))
+        nvrtc, "launcher", lambda name, kernel, arguments, device, shared: asked.append((name, kernel, arguments))
     )
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 227 * 1024)
     LowBitFFN([None] * 29, LowBitShape(64, (64, 128), (8, 4), 64, True, "silu"), 9, torch.bfloat16, 0)
     LowBitFFN([None] * 15, LowBitShape(64, (64,), (3,), 128, False, "gelu"), 1, torch.float16, 0)
     assert [f"{name} {nvrtc.instance_of(kernel, arguments)}" for name, kernel, arguments in asked] == [
-        "low_bit inner<8,4,64,2,1,true,false,4>",
-        "low_bit outer<8,4,64,2,false,8>",
-        "low_bit inner<0,3,128,1,2,false,true,8>",
-        "low_bit outer<0,3,128,1,true,8>",
+        "low_bit inner<8,4,64,2,1,true,false,4,1,4096>",
+        "low_bit outer<8,4,64,2,false,16,1,12288>",
+        "low_bit inner<0,3,128,1,2,false,true,8,1,8192>",
+        "low_bit outer<0,3,128,1,true,16,1,12288>",
     ]
+
+
+@pytest.mark.parametrize("room", [227, 163, 99, 48], ids=lambda kib: f"{kib} KiB")
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("d_model", [576, 4096, 8192])
+@pytest.mark.parametrize("neurons", [(1536,), (28672,), (2816, 25856)], ids=str)
+def test_layouts_fit_into_shared_memory(room: int, tokens: int, d_model: int, neurons: tuple[int, ...]) -> None:
+    shape = LowBitShape(d_model, neurons, (4,) * len(neurons), 128, True, "silu")
+    layout = Layout.of(tokens, shape, room * 1024)
+    assert layout.inner_warps * layout.inner_shared <= 64 * 1024
+    assert layout.outer_warps * layout.outer_shared <= max(room, 20) * 1024
+    assert layout.tiles * TOKENS >= tokens
+    assert layout.inner_warps >= 2
 
 
 def test_prefill_is_one_of_two() -> None:
@@ -240,10 +247,11 @@ def test_kernels_want_rows_one_after_another() -> None:
 def test_inputs_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[int]] = []
 
-    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) -> object:
-        return lambda grid, block, pointers, integers: launched.append(pointers)
+    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int) -> object:
+        return lambda grid, block, pointers, integers, early=False: launched.append(pointers)
 
     monkeypatch.setattr(low_bit.nvrtc, "launcher", launcher)
+    monkeypatch.setattr(low_bit.nvrtc, "shared_memory", lambda device: 99 * 1024)
     shape = LowBitShape(64, (64,), (4,), 64, True, "silu")
     ffn = LowBitFFN([None] * 15, shape, 1, torch.bfloat16, 0)
     room = torch.zeros(256, dtype=torch.bfloat16)

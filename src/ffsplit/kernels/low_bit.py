@@ -19,17 +19,19 @@ from ffsplit.kernels.dense_ffn import ACTIVATIONS
 
 MOST_TOKENS = 32
 """Beyond, multiplying by decoded weights is faster."""
-MOST_ON_FAST_MEMORY = 16
-"""The same for two branches where memory is as fast as an H200's: 17 tokens cost what 32 do, and dense gains by it."""
 BITS = (2, 3, 4, 8, 16)
 """16 is a dense matrix of halves."""
 GROUPS = (32, 64, 128)
 TILE = 16
 """Rows that a block of threads works on; :data:`TOKENS` tokens stand beside them."""
 TOKENS = 8
+ENOUGH = 128
+"""Blocks that find work for about all multiprocessors of a large GPU."""
 BRANCH_TENSORS = 14
 ALIGNMENT = 16
 """Bytes that a thread reads at once: inputs and matrices start at a multiple of them."""
+LARGEST = 2**32
+"""Bytes of a matrix that the sources can count."""
 NAMES = tuple(ACTIVATIONS)
 """Of activations, in the order in which the sources count them."""
 
@@ -62,7 +64,7 @@ class LowBitShape:
         # A row of 3-bit codes is two planes, each of which must keep the alignment.
         step = max(64 if 3 in self.bits else 32, self.group // 4)
         narrow = self.group == 32 and any(bits < 4 for bits in self.bits)
-        known = all(bits in BITS for bits in self.bits)
+        known = all(bits in BITS for bits in self.bits) and max(self.neurons) * self.d_model * 2 < LARGEST
         return known and not narrow and all(size > 0 and size % step == 0 for size in (self.d_model, *self.neurons))
 
     @property
@@ -89,37 +91,48 @@ def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) ->
         return False
     if x.shape[-1] != shapes[0].d_model:  # the plain path says what is wrong
         return False
-    tokens = x.numel() // shapes[0].d_model
-    few = tokens <= MOST_TOKENS and (
-        tokens <= MOST_ON_FAST_MEMORY
-        or all(len(shape.neurons) == 1 for shape in shapes)
-        or not nvrtc.has_fast_memory(x.device.index or 0)
-    )
-    return few and all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
+    if x.numel() // shapes[0].d_model > MOST_TOKENS:
+        return False
+    return all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How much a block of threads of each kernel does; the fastest that was measured on an H100.
+    """How much a block of threads of each kernel does; the fastest that were measured on an H200.
 
     Attributes:
-        inner_tiles: tiles of eight tokens of `inner`; its ``inner_warps`` share the groups of the same rows.
-        outer_tiles: likewise of `outer`.
+        tiles: of :data:`TOKENS` tokens, in both kernels.
+        inner_warps: of `inner`, which share the groups of the same rows.
+        inner_tall: rows of `inner`'s blocks, in units of :data:`TILE`.
+        inner_shared: bytes of shared memory of a warp of `inner`.
+        outer_warps: likewise of `outer`.
+        outer_tall: likewise.
+        outer_shared: likewise.
     """
 
-    inner_tiles: int
+    tiles: int
     inner_warps: int
-    outer_tiles: int
+    inner_tall: int
+    inner_shared: int
     outer_warps: int
+    outer_tall: int
+    outer_shared: int
 
     @classmethod
-    def of(cls, tokens: int, branches: int) -> Layout:
-        if tokens <= TOKENS:
-            return cls(1, 8, 1, 8)
-        # The code of two branches takes more registers, so that fewer blocks run at a time.
-        if tokens <= 2 * TOKENS:
-            return cls(2, 2, 1, 8) if branches == 1 else cls(2, 4, 2, 8)
-        return cls(2, 2, 4, 8) if branches == 1 else cls(4, 4, 4, 8)
+    def of(cls, tokens: int, shape: LowBitShape, room: int) -> Layout:
+        """The layout for so many tokens on a device whose blocks have at most ``room`` bytes of shared memory."""
+        tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
+        # Taller blocks share tokens among more rows, but there are fewer of them, and of two branches they differ more.
+        many = sum(shape.neurons) >= 4 * ENOUGH * TILE
+        inner_tall = 2 if many and tiles == 1 and len(shape.neurons) == 1 else 1
+        inner_warps = 4 if tiles == 4 else (2 if many else 4) * (2 if tiles == 1 else 1)
+        outer_tall = 2 if shape.d_model >= 2 * ENOUGH * TILE else 1
+        outer_warps = 8 if tiles == 4 or shape.d_model >= 4 * ENOUGH * TILE else 16
+        inner_shared = 4096 if tiles > 1 else 4096 * (inner_tall + 1)
+        outer_shared = 20480 if tiles == 4 else 12288
+        while outer_warps * outer_shared > room and outer_warps > 1:
+            outer_warps //= 2
+        return cls(tiles, inner_warps, inner_tall, inner_shared, outer_warps, outer_tall, outer_shared)
 
 
 class LowBitFFN:
@@ -144,16 +157,16 @@ class LowBitFFN:
         dtype: torch.dtype,
         device: int,
     ) -> None:
-        layout = Layout.of(tokens, len(shape.neurons))
+        layout = Layout.of(tokens, shape, nvrtc.shared_memory(device))
         self.shape, self.layout, self.dtype = shape, layout, dtype
         heavy_bits, rest_bits = (0, *shape.bits)[-2:]
         heavy, rest = (0, *shape.neurons)[-2:]
         half, act = dtype == torch.float16, NAMES.index(shape.act)
-        storages = heavy_bits, rest_bits, shape.group
-        inner = *storages, layout.inner_tiles, act, shape.gated, half, layout.inner_warps
-        outer = *storages, layout.outer_tiles, half, layout.outer_warps
-        self.inner = nvrtc.launcher("low_bit", "inner", inner, device)
-        self.outer = nvrtc.launcher("low_bit", "outer", outer, device)
+        storages = heavy_bits, rest_bits, shape.group, layout.tiles
+        inner = *storages, act, shape.gated, half, layout.inner_warps, layout.inner_tall, layout.inner_shared
+        outer = *storages, half, layout.outer_warps, layout.outer_tall, layout.outer_shared
+        self.inner = nvrtc.launcher("low_bit", "inner", inner, device, layout.inner_warps * layout.inner_shared)
+        self.outer = nvrtc.launcher("low_bit", "outer", outer, device, layout.outer_warps * layout.outer_shared)
         nothing = [None] * BRANCH_TENSORS * (2 - len(shape.neurons))
         parts = [0 if part is None else part.data_ptr() for part in (*nothing, *tensors)]
         branches = [parts[at : at + BRANCH_TENSORS] for at in (0, BRANCH_TENSORS)]
@@ -161,8 +174,9 @@ class LowBitFFN:
         self._inner_weights = [part for b in branches for part in (*b[0:4], b[12], *b[4:8], b[13])]
         self._outer_weights = [part for b in branches for part in b[8:12]]
         self._bias, self._sizes = parts[-1], (heavy, rest, shape.d_model)
-        self._inner_grid = -(-heavy // TILE) + -(-rest // TILE)
-        self._outer_grid = -(-shape.d_model // TILE)
+        rows = TILE * layout.inner_tall
+        self._inner_grid = -(-heavy // rows) + -(-rest // rows)
+        self._outer_grid = -(-shape.d_model // (TILE * layout.outer_tall))
 
     @property
     def is_compiled(self) -> bool:
@@ -177,20 +191,21 @@ class LowBitFFN:
             flat = flat.clone()
         count = flat.shape[0]
         # The last tiles may be read beyond the tokens; what is found there is not used.
-        tiles = -(-count // TOKENS) + max(layout.inner_tiles, layout.outer_tiles)
+        tiles = -(-count // TOKENS) + layout.tiles
         hidden = flat.new_empty(tiles * TOKENS * self.shape.padded)
         out = torch.empty_like(flat)
         self.inner(
-            (self._inner_grid, -(-count // (TOKENS * layout.inner_tiles))),
+            (self._inner_grid, -(-count // (TOKENS * layout.tiles))),
             32 * layout.inner_warps,
             [flat.data_ptr(), hidden.data_ptr(), *self._inner_weights],
             [count, *self._sizes],
         )
         self.outer(
-            (self._outer_grid, -(-count // (TOKENS * layout.outer_tiles))),
+            (self._outer_grid, -(-count // (TOKENS * layout.tiles))),
             32 * layout.outer_warps,
             [hidden.data_ptr(), out.data_ptr(), self._bias, *self._outer_weights],
             [count, *self._sizes],
+            early=True,
         )
         return out.view(x.shape)
 

@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
-FAST_MEMORY = 4e12
-"""Bytes a second: an H100 has 3.35e12, an H200 4.8e12."""
 LEAST_CAPABILITY = (8, 0)
 """bfloat16 tensor cores and their instructions."""
+EARLY_LAUNCH = (9, 0)
+"""A kernel may start before the one in front has ended, and waits for it by an instruction of its own."""
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CUlaunchAttributeID of cuda.h."""
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+"""CUfunction_attribute of cuda.h."""
+SHARED_UNASKED = 48 * 1024
+"""Bytes of shared memory that every block may have."""
 
 _logger = logging.getLogger(__name__)
 
@@ -29,35 +35,84 @@ def source(name: str) -> str:
     return "\n".join(folder.joinpath(part).read_text(encoding="utf-8") for part in ("values.cuh", f"{name}.cu"))
 
 
-class Launcher:
-    """A compiled kernel: first its pointers, then its integers, one-dimensional blocks."""
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: which it is, and a union of 64 bytes."""
 
-    def __init__(self, compiled: Any, device: int) -> None:
+    _fields_ = (("id", ctypes.c_uint32), ("pad", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint32),
+    )
+
+
+_EARLY = (_Attribute * 1)(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+
+
+class Launcher:
+    """A compiled kernel: first its pointers, then its integers, one-dimensional blocks.
+
+    Args:
+        compiled: what torch made of the source.
+        device: index of the CUDA device.
+        shared: bytes of dynamic shared memory of a block.
+
+    Raises:
+        RuntimeError: the device has less shared memory.
+    """
+
+    def __init__(self, compiled: Any, device: int, shared: int = 0) -> None:
         self._kernel = compiled  # owns the module that holds the function
         self._device = device
+        self._shared = shared
         self._lock = Lock()
-        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
+        self._driver = torch.cuda._utils._get_gpu_runtime_library()
         self._cache: tuple[int, int] = (-1, -1)
+        if shared > SHARED_UNASKED:
+            failed = self._driver.cuFuncSetAttribute(compiled.func, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+            if failed:
+                raise RuntimeError(f"no {shared} bytes of shared memory for a block: CUDA error {failed}")
 
-    def __call__(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int]) -> None:
-        """Launch it in the current stream of its device; addresses are not checked."""
+    def __call__(
+        self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int], *, early: bool = False
+    ) -> None:
+        """Launch it in the current stream of its device; addresses are not checked.
+
+        Args:
+            grid: blocks.
+            block: threads of a block.
+            pointers: the kernel's first arguments.
+            integers: its others.
+            early: where the device can, start before the kernel in front has ended; the kernel must wait for that.
+        """
         if torch.cuda.current_device() == self._device:
-            self._run(grid, block, pointers, integers)
+            self._run(grid, block, pointers, integers, early)
             return
         # Layers spread over several GPUs run without a change of the current one.
         with torch.cuda.device(self._device):
-            self._run(grid, block, pointers, integers)
+            self._run(grid, block, pointers, integers, early)
 
-    def _run(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int]) -> None:
+    def _run(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int], early: bool) -> None:
         stream = torch.cuda.current_stream().cuda_stream
         with self._lock:  # threads share the places of the arguments
             if self._cache != (len(pointers), len(integers)):
                 self._lay_out(len(pointers), len(integers))
             self._pointers[:] = [*pointers]
             self._integers[:] = [*integers]
-            failed = self._launch(
-                self._kernel.func, *grid, 1, block, 1, 1, 0, ctypes.c_void_p(stream), self._arguments, None
-            )
+            if early and launches_early(self._device):
+                config = _Config((*grid, 1), (block, 1, 1), self._shared, stream, _EARLY, len(_EARLY))
+                failed = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._kernel.func, self._arguments, None)
+            else:
+                size = (*grid, 1, block, 1, 1, self._shared, ctypes.c_void_p(stream))
+                failed = self._driver.cuLaunchKernel(self._kernel.func, *size, self._arguments, None)
         if failed:
             raise RuntimeError(f"a kernel could not be launched: CUDA error {failed}")
 
@@ -78,7 +133,7 @@ def instance_of(kernel: str, arguments: tuple[int, ...]) -> str:
 
 
 @cache
-def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) -> Launcher | None:
+def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int = 0) -> Launcher | None:
     """A kernel ready to be launched; None, and said once, where it cannot be compiled.
 
     Args:
@@ -86,6 +141,7 @@ def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) ->
         kernel: of that source.
         arguments: of its template; a bool is one of C++.
         device: index of the CUDA device.
+        shared: bytes of dynamic shared memory of a block.
     """
     instance = instance_of(kernel, arguments)
     compile_source: Any = getattr(torch.cuda, "_compile_kernel", None)
@@ -94,7 +150,7 @@ def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int) ->
         return None
     try:
         with torch.cuda.device(device):
-            return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]), device)
+            return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]), device, shared)
     except (RuntimeError, OSError, AttributeError) as error:
         # A machine without NVRTC or with a driver older than it is served by the plain path, more slowly.
         _logger.warning("%s could not be compiled, FFNs run without it: %s", instance, error)
@@ -106,17 +162,19 @@ def is_supported(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
+@cache
+def launches_early(device: int) -> bool:
+    """Whether a kernel can start before the one in front has ended."""
+    return torch.cuda.get_device_capability(device) >= EARLY_LAUNCH
+
+
 def processors(device: int) -> int:
     """How many multiprocessors a GPU has."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def has_fast_memory(device: int) -> bool:
-    """Whether a GPU's memory moves more than :data:`FAST_MEMORY` bytes a second, by its data sheet."""
-    properties = torch.cuda.get_device_properties(device)
-    clock, width = (getattr(properties, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
-    if clock is None or width is None:  # unknown: what follows from fast memory is the safer choice
-        return True
-    # Twice the clock, in kHz, for both edges; the width is in bits.
-    return bool(2e3 * clock * width / 8 > FAST_MEMORY)
+@cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)

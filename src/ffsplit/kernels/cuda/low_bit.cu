@@ -61,70 +61,81 @@ template <bool HALF> __device__ __forceinline__ void multiply(float (&sum)[4], c
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Weights are read once: they leave the first-level cache to the tokens.
-__device__ __forceinline__ uint4 stream4(const u8* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
+// RING bytes for each warp: codes and tokens on their way from memory, and the warp's sums at the end.
+extern __shared__ __align__(16) u8 memory[];
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Asks for bytes of memory, or for zeros if they are not there: past the first-level cache if they are read ONCE.
+template <int BYTES, bool ONCE> __device__ __forceinline__ void copy(u32 to, const u8* from, bool there) {
+    const int size = there ? BYTES : 0;
+    if (BYTES == 16 && ONCE) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(size) : "memory");
 }
-__device__ __forceinline__ uint2 stream2(const u8* p) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-    return v;
-}
-__device__ __forceinline__ u32 stream1(const u8* p) {
-    u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
+__device__ __forceinline__ void end_of_piece() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wait_for_pieces() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+template <int WORDS> __device__ __forceinline__ void from_shared(u32* raw, u32 at) {
+    if constexpr (WORDS == 4) asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(raw[0]), "=r"(raw[1]), "=r"(raw[2]), "=r"(raw[3]) : "r"(at) : "memory");
+    else if constexpr (WORDS == 2) asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(raw[0]), "=r"(raw[1]) : "r"(at) : "memory");
+    else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(raw[0]) : "r"(at) : "memory");
 }
 
-template <int WORDS> __device__ __forceinline__ void stream(u32* raw, const u8* p) {
-    if constexpr (WORDS % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < WORDS / 4; ++i) {
-            uint4 v = stream4(p + 16 * i);
-            raw[4 * i] = v.x; raw[4 * i + 1] = v.y; raw[4 * i + 2] = v.z; raw[4 * i + 3] = v.w;
-        }
-    } else if constexpr (WORDS % 2 == 0) {
-        uint2 v = stream2(p);
-        raw[0] = v.x; raw[1] = v.y;
-    } else {
-        raw[0] = stream1(p);
-    }
-}
+// Pieces of 16 bytes or less in which a thread reads its codes of one row in one group.
+template <int BITS, int G> constexpr int PIECES = BITS * G > 512 ? BITS * G / 512 : 1;
 
-// One thread's codes of one row in one group: G / 4 columns.
+// One piece: neighbouring columns, in spans of eight. In shared memory the words of a warp's lanes stand side by side, those of
+// 3 bits' second plane behind those of the first.
 template <int BITS, int G> struct Codes {
-    static constexpr int LOW = G / 4 * (BITS == 3 ? 2 : BITS) / 32;  // words of the first plane
-    u32 raw[LOW + (BITS == 3 ? 1 : 0)];
+    static constexpr int COLUMNS = G / 4 / PIECES<BITS, G>;
+    static constexpr int LOW = COLUMNS * (BITS == 3 ? 2 : BITS) / 32, WORDS = LOW + (BITS == 3 ? 1 : 0);
+    u32 raw[WORDS];
 
-    __device__ __forceinline__ void load(const u8* row, int columns, int column) {
-        stream<LOW>(raw, row + (long)column * (BITS == 3 ? 2 : BITS) / 8);
-        if constexpr (BITS == 3) {
-            const u8* high = row + columns / 4 + column / 8;
-            raw[LOW] = G == 128 ? stream1(high) : *(const u16*)high;
+    static __device__ __forceinline__ void ask(u32 to, int lane, const u8* codes, u32 row, u32 columns, u32 column) {
+        const bool there = column < columns;
+        copy<4 * LOW, true>(to + lane * 4 * LOW, codes + (row + column * (BITS == 3 ? 2 : BITS) / 8), there);
+        // Four bytes of 32 columns, of which a thread whose columns are 16 needs half.
+        if (BITS == 3) copy<4, true>(to + 128 * LOW + lane * 4, codes + (row + columns / 4 + column / 32 * 4), there);
+    }
+
+    __device__ __forceinline__ void read(u32 from, int lane, u32 column) {
+        from_shared<LOW>(raw, from + lane * 4 * LOW);
+        if (BITS == 3) {
+            from_shared<1>(raw + LOW, from + 128 * LOW + lane * 4);
+            if (COLUMNS == 16) raw[LOW] >>= column & 16;
         }
     }
 };
 
-// The scale (upper half: bits of a float16, or a byte) and the zero (lower half) of one row in one group.
-template <int BITS> __device__ __forceinline__ u32 grid_of(const Matrix& m, int row, int group, int groups) {
-    if constexpr (BITS == 16) return 0;
-    const long index = (long)row * groups + group;
-    const u32 step = m.unit ? ((const u8*)m.scale)[index] : ((const u16*)m.scale)[index];
-    u32 zero;
-    if (!m.zero) zero = 1 << (BITS - 1);
-    else if constexpr (BITS == 4) zero = m.zero[index >> 1] >> (4 * (index & 1)) & 15;
-    else if constexpr (BITS == 2) zero = m.zero[index >> 2] >> (2 * (index & 3)) & 3;
-    else if constexpr (BITS == 3) {
-        const long padded = ((long)m.rows * groups + 7) / 8 * 8;
-        zero = (m.zero[index >> 2] >> (2 * (index & 3)) & 3) | (m.zero[padded / 4 + (index >> 3)] >> (index & 7) & 1) << 2;
-    } else zero = m.zero[index];
-    return step << 16 | zero;
-}
+// Step and zero of one row in one group as they lie in memory; nothing is done to them before they are needed, so that
+// nobody waits for them where they are asked for.
+template <int BITS> struct Grid {
+    u32 step, zero, high;
+
+    __device__ __forceinline__ void load(const Matrix& m, u32 index, u32 groups) {
+        step = m.unit ? ((const u8*)m.scale)[index] : ((const u16*)m.scale)[index];
+        if (!m.zero) return;
+        zero = m.zero[BITS == 4 ? index >> 1 : BITS < 4 ? index >> 2 : index];
+        if (BITS == 3) high = m.zero[(m.rows * groups + 7) / 8 * 2 + (index >> 3)];
+    }
+
+    // The step (upper half: a float16, a multiple of the row's unit if there is one) and the zero (lower half): an
+    // integer, or where ORIGIN is given what has to be taken off codes that stand on it, a float16 too.
+    template <int ORIGIN> __device__ __forceinline__ u32 packed(const Matrix& m, u32 index) const {
+        u32 found = 1 << (BITS - 1);
+        if (m.zero) {
+            found = zero;
+            if (BITS == 4) found = zero >> (4 * (index & 1)) & 15;
+            if (BITS < 4) found = zero >> (2 * (index & 3)) & 3;
+            if (BITS == 3) found |= (high >> (index & 7) & 1) << 2;
+        }
+        return (m.unit ? half_of(step) : step) << 16 | (ORIGIN ? half_of(ORIGIN + found) : found);
+    }
+};
 
 // Eight decoded weights of one row as pairs (0, 4), (1, 5), (2, 6), (3, 7): the nibbles of a word that one mask finds.
-template <int BITS, bool HALF, int G>
+// With ORIGIN_TOO they are codes still on top of 128 or 1024, which is one instruction less a pair.
+template <int BITS, bool HALF, int G, bool ORIGIN_TOO>
 __device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& codes, int span, int zero) {
     constexpr u32 ORIGIN = Magic<HALF>::ORIGIN;
     const u32* raw = codes.raw;
@@ -149,7 +160,10 @@ __device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& co
         }
     } else if constexpr (BITS == 4) {
 #pragma unroll
-        for (int p = 0; p < 4; ++p) pairs[p] = shifted<HALF>(masked_or(raw[span] >> (4 * p), 0x000F000Fu, ORIGIN), offset);
+        for (int p = 0; p < 4; ++p) {
+            const u32 code = masked_or(raw[span] >> (4 * p), 0x000F000Fu, ORIGIN);
+            pairs[p] = ORIGIN_TOO ? code : shifted<HALF>(code, offset);
+        }
     } else {
         const u32 spread = permute(raw[span / 2], 0, span % 2 ? 0x4342 : 0x4140);  // a byte of four codes in each half
         u32 third = 0;
@@ -161,7 +175,7 @@ __device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& co
         for (int p = 0; p < 4; ++p) {
             u32 code = masked_or(spread >> (2 * p), 0x00030003u, ORIGIN);
             if constexpr (BITS == 3) code = masked_or(third >> p, 0x00040004u, code);
-            pairs[p] = shifted<HALF>(code, offset);
+            pairs[p] = ORIGIN_TOO ? code : shifted<HALF>(code, offset);
         }
     }
 }
@@ -179,126 +193,249 @@ template <int G> __device__ __forceinline__ long arranged(int token, int k, int 
     return vector * 8 + j % 4 * 2 + j / 4;
 }
 
-// Tokens of one tile and span, paired; x is arranged, or rows of x_stride values.
-template <int G, bool ARRANGED>
-__device__ __forceinline__ uint4 tokens_of(const u16* x, int tile, int group, int groups, int span, int lane, int x_stride, int tokens, bool inside) {
-    if constexpr (ARRANGED) {
-        if (!inside) return make_uint4(0, 0, 0, 0);
-        return ((const uint4*)x)[(((long)tile * groups + group) * (G / 32) + span) * 32 + lane];
-    } else {
-        const int token = tile * 8 + (lane >> 2);
-        if (!inside || token >= tokens) return make_uint4(0, 0, 0, 0);
-        return paired(*(const uint4*)(x + (long)token * x_stride + group * G + (lane & 3) * (G / 4) + span * 8));
+// Tokens as one thread reads them: eight values of one span of a group at a time. They are arranged, or rows of `stride`
+// values, which `in_order` puts into the order of `decode`.
+template <int G, bool ARRANGED> struct Tokens {
+    const u16* from;
+    int tile_step, columns, count, lane;
+
+    __device__ __forceinline__ Tokens(const u16* x, int columns, int stride, int count, int lane)
+        : columns(columns), count(count), lane(lane) {
+        from = ARRANGED ? x + lane * 8 : x + (long)(lane >> 2) * stride + (lane & 3) * (G / 4);
+        tile_step = 8 * (ARRANGED ? (columns + G - 1) / G * G : stride);
     }
+
+    // What lies beyond the columns or the tokens counts as zero.
+    template <int SPANS> __device__ __forceinline__ void ask(u32 to, int tile, int group, int first) const {
+        const bool there = group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count;
+        const u16* at = from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G));
+#pragma unroll
+        for (int s = 0; s < SPANS; ++s)
+            copy<16, ARRANGED>(to + s * 512 + lane * 16, (const u8*)(at + (first + s) * (ARRANGED ? 256 : 8)), there);
+    }
+    __device__ __forceinline__ uint4 get(int tile, int group, int span) const {
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count)
+            v = *(const uint4*)(from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G)) + span * (ARRANGED ? 256 : 8));
+        return v;
+    }
+
+    static __device__ __forceinline__ uint4 read(u32 from, int lane) {
+        uint4 v;
+        from_shared<4>(&v.x, from + lane * 16);
+        return v;
+    }
+    static __device__ __forceinline__ uint4 in_order(uint4 v) { return ARRANGED ? v : paired(v); }
+};
+
+// Whether tokens go through shared memory as codes do. Several tiles of rows are better read where they are used: all blocks
+// read the same, and what `inner` reads again stays in the first-level cache.
+template <int NT, bool ARRANGED> constexpr bool TOKENS_TOO = ARRANGED || NT == 1;
+// What a piece takes in shared memory.
+template <int BITS, int G, int MATRICES> constexpr int CODE_BYTES = MATRICES * 256 * Codes<BITS, G>::WORDS;
+template <int BITS, int G, int MATRICES, int NT, bool ARRANGED>
+constexpr int BYTES_OF = CODE_BYTES<BITS, G, MATRICES> + (TOKENS_TOO<NT, ARRANGED> ? NT * (G / 32 / PIECES<BITS, G>) * 512 : 0);
+// Pieces of a warp that are on their way while it works on one.
+template <int RING, int BYTES> constexpr int DEPTH = RING / BYTES < 8 ? RING / BYTES : 8;
+
+// Lets the next kernel of the stream start, and waits for the one in front to end.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_front() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
-// Adds the products of MATRICES matrices with the same tokens over the groups first, first + stride, ...
-template <int BITS, int G, int MATRICES, int NT, bool HALF, bool ARRANGED>
+// For so few tiles of tokens, codes of at most four bits stay on top of their origin: a product with ones finds the sum of
+// the group's tokens, and origin and zero are taken off the result. More tiles share what it costs to take them off the codes.
+constexpr int LATER_TILES = 1;
+// Warps that must find room for their registers on a multiprocessor.
+template <int NT, int TALL, bool ARRANGED>
+constexpr int RESIDENT = NT == 4 ? 8 : ARRANGED ? 16 : NT == 2 || TALL == 2 ? 12 : 20;
+
+// Adds the products of rows of several matrices, TALL times 16 of each, with the same tokens over the groups first,
+// first + stride, ... Sums are those of all matrices' first 16 rows, then of all their next ones.
+template <int BITS, int G, int SEVERAL, int TALL, int NT, bool HALF, bool ARRANGED, int RING>
 __device__ __forceinline__ void accumulate(
-    float (&sums)[MATRICES][NT][4], const Matrix (&m)[MATRICES], const int (&row)[2], const u16* x, int x_stride, int tokens,
-    int first, int stride, int lane
+    float (&sums)[SEVERAL * TALL][NT][4], const Matrix (&m)[SEVERAL], const int (&row)[TALL][2], const u16* x, int x_stride,
+    int tokens, int first, int last, int stride, bool wait
 ) {
-    const int t = lane & 3, columns = m[0].columns, groups = (columns + G - 1) / G;
-    const u8* start[MATRICES][2];
-    Codes<BITS, G> next[MATRICES][2];
-    u32 coming[MATRICES][2];
-    // Thread t of a row's four fetches scale and zero of every fourth group that the warp works on.
+    constexpr int MATRICES = SEVERAL * TALL, P = PIECES<BITS, G>, SPANS = G / 32 / P;
+    constexpr int CODES = CODE_BYTES<BITS, G, MATRICES>, BYTES = BYTES_OF<BITS, G, MATRICES, NT, ARRANGED>;
+    constexpr int D = DEPTH<RING, BYTES>;
+    static_assert(D > 0);
+    constexpr bool LATER = NT <= LATER_TILES && BITS <= 4;
+    constexpr int ORIGIN = LATER ? (HALF ? 1024 : 128) : 0;
+    const int lane = threadIdx.x & 31, t = lane & 3, columns = m[0].columns, groups = (columns + G - 1) / G;
+    const u32 ring = shared_address(memory) + (threadIdx.x >> 5) * RING;
+    const Tokens<G, ARRANGED> source(x, columns, x_stride, tokens, lane);
+    Grid<BITS> coming[MATRICES][2];
+    u32 grid[MATRICES][2];
+    float unit[MATRICES][2];
+    // Thread t of a row's four fetches step and zero of every fourth group that the warp works on.
+    const auto place = [&](int k, int i, int from) { return (u32)(row[k / SEVERAL][i] * groups + min(from + t * stride, groups - 1)); };
     const auto fetch = [&](int from) {
-        const int group = min(from + t * stride, groups - 1);
+        if (BITS == 16) return;
 #pragma unroll
         for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) coming[k][i] = grid_of<BITS>(m[k], row[i], group, groups);
+            for (int i = 0; i < 2; ++i) coming[k][i].load(m[k % SEVERAL], place(k, i, from), groups);
     };
-    const auto load = [&](int group) {
-        const int column = group * G + t * (G / 4);
-        if (column < columns)
+    u32 start[TALL][2];
 #pragma unroll
-            for (int k = 0; k < MATRICES; ++k)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) next[k][i].load(start[k][i], columns, column);
-    };
-    float unit[MATRICES][2];
-#pragma unroll
-    for (int k = 0; k < MATRICES; ++k)
+    for (int j = 0; j < TALL; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            start[k][i] = m[k].codes + row[i] * row_bytes<BITS>(columns);
-            unit[k][i] = BITS != 16 && m[k].unit ? half_value(m[k].unit[row[i]]) / 256.f : 0.f;
+            start[j][i] = row[j][i] * (u32)row_bytes<BITS>(columns);
+            asm volatile("" : "+r"(start[j][i]));  // computed once, not in every turn
         }
-    if (first >= groups) return;
-    // A thread beyond the columns multiplies tokens of zero by what it loaded last, or by anything if this is its first
-    // group: codes are numbers whatever their bits, but halves may be NaN.
-    if (BITS == 16 && first == groups - 1)
-#pragma unroll
-        for (int k = 0; k < MATRICES; ++k)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) next[k][i] = {};
-    load(first);
-    fetch(first);
-    u32 grid[MATRICES][2];
-    for (int group = first, turn = 0; group < groups; group += stride, turn = (turn + 1) & 3) {
-        Codes<BITS, G> now[MATRICES][2];
-#pragma unroll
-        for (int k = 0; k < MATRICES; ++k)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) now[k][i] = next[k][i];
-        if (group + stride < groups) load(group + stride);
-        if (BITS != 16 && turn == 0) {
-#pragma unroll
-            for (int k = 0; k < MATRICES; ++k) { grid[k][0] = coming[k][0]; grid[k][1] = coming[k][1]; }
-            if (group + 4 * stride < groups) fetch(group + 4 * stride);
-        }
-        float step[MATRICES][2];
-        int zero[MATRICES][2];
-        if constexpr (BITS != 16)
+    const auto column_of = [&](int group, int piece) { return (u32)(group * G + t * (G / 4) + piece * Codes<BITS, G>::COLUMNS); };
+    const auto place_of = [&](u32 at, int k, int i) { return at + (k * 2 + i) * 128 * Codes<BITS, G>::WORDS; };
+    const auto ask_codes = [&](u32 at, int group, int piece) {
+        if (group < last)
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const u32 here = __shfl_sync(0xFFFFFFFFu, grid[k][i], (lane & ~3) | turn);
-                    zero[k][i] = here & 0xFFFF;
-                    step[k][i] = unit[k][i] != 0.f ? (here >> 16) * unit[k][i] : half_value(here >> 16);
-                }
-        const bool inside = group * G + t * (G / 4) < columns;
-        float found[MATRICES][NT][4] = {};
+                for (int i = 0; i < 2; ++i)
+                    Codes<BITS, G>::ask(place_of(at, k, i), lane, m[k % SEVERAL].codes, start[k / SEVERAL][i], columns, column_of(group, piece));
+    };
+    const auto ask_tokens = [&](u32 at, int group, int piece) {
+        if (TOKENS_TOO<NT, ARRANGED> && group < last)
 #pragma unroll
-        for (int span = 0; span < G / 32; ++span) {
+            for (int n = 0; n < NT; ++n)
+                source.template ask<SPANS>(at + CODES + n * SPANS * 512, n, group, piece * SPANS);
+    };
+    if (first < last) {
+#pragma unroll
+        for (int d = 0; d < D; ++d) ask_codes(ring + d * BYTES, first + d / P * stride, d % P);
+        fetch(first);
+#pragma unroll
+        for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const u16* of = m[k % SEVERAL].unit;
+                unit[k][i] = BITS != 16 && of ? half_value(of[row[k / SEVERAL][i]]) / 256.f : 1.f;
+            }
+    }
+    // Weights are on their way; tokens may still be made by the kernel in front.
+    if (wait) wait_for_front();
+    if (first >= last) return;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+        ask_tokens(ring + d * BYTES, first + d / P * stride, d % P);
+        end_of_piece();  // the first one's has the codes of all
+    }
+    int turn = 0, zero[MATRICES][2];
+    float step[MATRICES][2], off[MATRICES][2], found[MATRICES][NT][4], total[NT][4];
+    const auto begin = [&](int group) {
+        if (BITS == 16) return;
+        if (turn == 0) {
+#pragma unroll
+            for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) grid[k][i] = coming[k][i].template packed<ORIGIN>(m[k % SEVERAL], place(k, i, group));
+            if (group + 4 * stride < last) fetch(group + 4 * stride);
+        }
+#pragma unroll
+        for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const u32 here = __shfl_sync(0xFFFFFFFFu, grid[k][i], (lane & ~3) | turn);
+                step[k][i] = half_value(here >> 16) * unit[k][i];
+                if (LATER) off[k][i] = half_value(here & 0xFFFF);
+                else zero[k][i] = here & 0xFFFF;
+            }
+        turn = (turn + 1) & 3;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                total[n][e] = 0.f;
+#pragma unroll
+                for (int k = 0; k < MATRICES; ++k) found[k][n][e] = 0.f;
+            }
+    };
+    // Those that do not are on their way one span ahead.
+    uint4 coming_tokens[NT];
+    const auto get_token = [&](int n, int group, int span) {
+        if (!TOKENS_TOO<NT, ARRANGED>) coming_tokens[n] = source.get(n, group + span / (G / 32) * stride, span % (G / 32));
+    };
+#pragma unroll
+    for (int n = 0; n < NT; ++n) get_token(n, first, 0);
+    const auto work = [&](const Codes<BITS, G> (&now)[MATRICES][2], u32 at, int group, int piece) {
+#pragma unroll
+        for (int s = 0; s < SPANS; ++s) {
             u32 a[MATRICES][2][4];
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) decode<BITS, HALF, G>(a[k][i], now[k][i], span, BITS == 16 ? 0 : zero[k][i]);
+                for (int i = 0; i < 2; ++i)
+                    decode<BITS, HALF, G, LATER>(a[k][i], now[k][i], s, BITS == 16 || LATER ? 0 : zero[k][i]);
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-                const uint4 b = tokens_of<G, ARRANGED>(x, n, group, groups, span, lane, x_stride, tokens, inside);
+                const uint4 v = source.in_order(TOKENS_TOO<NT, ARRANGED> ? source.read(at + CODES + (n * SPANS + s) * 512, lane) : coming_tokens[n]);
+                get_token(n, group, piece * SPANS + s + 1);
 #pragma unroll
                 for (int k = 0; k < MATRICES; ++k) {
                     const u32 left[4] = {a[k][0][0], a[k][1][0], a[k][0][1], a[k][1][1]};
                     const u32 right[4] = {a[k][0][2], a[k][1][2], a[k][0][3], a[k][1][3]};
-                    multiply<HALF>(BITS == 16 ? sums[k][n] : found[k][n], left, b.x, b.y);
-                    multiply<HALF>(BITS == 16 ? sums[k][n] : found[k][n], right, b.z, b.w);
+                    multiply<HALF>(BITS == 16 ? sums[k][n] : found[k][n], left, v.x, v.y);
+                    multiply<HALF>(BITS == 16 ? sums[k][n] : found[k][n], right, v.z, v.w);
+                }
+                if (LATER) {
+                    const u32 ONE = Magic<HALF>::ONE, ones[4] = {ONE, ONE, ONE, ONE};
+                    multiply<HALF>(total[n], ones, v.x, v.y);
+                    multiply<HALF>(total[n], ones, v.z, v.w);
                 }
             }
         }
-        if constexpr (BITS != 16)
+    };
+    const auto end = [&] {
+        if (BITS == 16) return;
+#pragma unroll
+        for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float value = LATER ? found[k][n][e] - off[k][e >> 1] * total[n][e & 1] : found[k][n][e];
+                    sums[k][n][e] += step[k][e >> 1] * value;
+                }
+    };
+    u32 at = ring;
+    for (int group = first; group < last; group += stride) {
+        begin(group);
+#pragma unroll
+        for (int piece = 0; piece < P; ++piece) {
+            Codes<BITS, G> now[MATRICES][2];
+            wait_for_pieces<D - 1>();
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sums[k][n][e] += step[k][e >> 1] * found[k][n][e];
+                for (int i = 0; i < 2; ++i) now[k][i].read(place_of(at, k, i), lane, column_of(group, piece));
+            work(now, at, group, piece);
+            const int next = piece + D;
+            ask_codes(at, group + next / P * stride, next % P);
+            ask_tokens(at, group + next / P * stride, next % P);
+            end_of_piece();
+            at = at == ring + (D - 1) * BYTES ? ring : at + BYTES;
+        }
+        end();
     }
 }
 
-// Shared memory for the sums of two token tiles at a time.
-template <int MATRICES, int WARPS> using Parts = float[WARPS][MATRICES][8][32];
-
 // What the warps of a block found, one element after the other: finish(row of the tile, token, its sums).
-template <int MATRICES, int NT, int WARPS, class Finish>
-__device__ __forceinline__ void add_up(Parts<MATRICES, WARPS>& parts, float (&sums)[MATRICES][NT][4], Finish finish) {
+template <int RING, int MATRICES, int NT, int WARPS, class Finish>
+__device__ __forceinline__ void add_up(float (&sums)[MATRICES][NT][4], Finish finish) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     constexpr int TILES = NT == 1 ? 1 : 2;
+    static_assert(MATRICES * TILES * 512 <= RING);
+    // Every warp leaves its sums where its own codes were, of two tiles of tokens at a time.
+    const auto part = [&](int w, int k, int place) { return (float*)(memory + w * RING) + (k * TILES * 4 + place) * 32; };
 #pragma unroll
     for (int from = 0; from < NT; from += TILES) {
         if (from) __syncthreads();
@@ -307,7 +444,7 @@ __device__ __forceinline__ void add_up(Parts<MATRICES, WARPS>& parts, float (&su
 #pragma unroll
             for (int n = 0; n < TILES; ++n)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) parts[warp][k][n * 4 + e][lane] = sums[k][from + n][e];
+                for (int e = 0; e < 4; ++e) part(warp, k, n * 4 + e)[lane] = sums[k][from + n][e];
         __syncthreads();
         for (int index = threadIdx.x; index < TILES * 4 * 32; index += WARPS * 32) {
             const int place = index >> 5, of = index & 31;
@@ -316,43 +453,56 @@ __device__ __forceinline__ void add_up(Parts<MATRICES, WARPS>& parts, float (&su
             for (int k = 0; k < MATRICES; ++k) {
                 total[k] = 0.f;
 #pragma unroll
-                for (int w = 0; w < WARPS; ++w) total[k] += parts[w][k][place][of];
+                for (int w = 0; w < WARPS; ++w) total[k] += part(w, k, place)[of];
             }
             finish((of >> 2) + 8 * (place >> 1 & 1), (from + (place >> 2)) * 8 + (of & 3) * 2 + (place & 1), total);
         }
     }
 }
 
-template <int BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS>
+// The rows of a lane, none beyond the last one.
+template <int TALL> __device__ __forceinline__ void rows_of(int (&row)[TALL][2], int first, int rows, int lane) {
+#pragma unroll
+    for (int j = 0; j < TALL; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) row[j][i] = min(first + j * 16 + i * 8 + (lane >> 2), rows - 1);
+}
+
+template <int BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int TALL, int RING>
 __device__ __forceinline__ void inner_block(
-    Parts<GATED ? 2 : 1, WARPS>& parts, const u16* x, u16* h, const Matrix& gate, const Matrix& up, const u16* gate_bias,
+    const u16* x, u16* h, const Matrix& gate, const Matrix& up, const u16* gate_bias,
     const u16* up_bias, int block, int tokens, int x_stride
 ) {
-    constexpr int MATRICES = GATED ? 2 : 1;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = block * 16, groups = (up.rows + G - 1) / G;
-    const int row[2] = {min(first + (lane >> 2), up.rows - 1), min(first + (lane >> 2) + 8, up.rows - 1)};
-    float sums[MATRICES][NT][4] = {};
+    constexpr int SEVERAL = GATED ? 2 : 1;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = block * 16 * TALL, groups = (up.rows + G - 1) / G;
+    const int groups_in = (up.columns + G - 1) / G;
+    int row[TALL][2];
+    rows_of<TALL>(row, first, up.rows, lane);
+    float sums[SEVERAL * TALL][NT][4] = {};
     if constexpr (GATED) {
         const Matrix both[2] = {up, gate};
-        accumulate<BITS, G, 2, NT, HALF, false>(sums, both, row, x, x_stride, tokens, warp, WARPS, lane);
+        accumulate<BITS, G, 2, TALL, NT, HALF, false, RING>(sums, both, row, x, x_stride, tokens, warp, groups_in, WARPS, false);
     } else {
         const Matrix one[1] = {up};
-        accumulate<BITS, G, 1, NT, HALF, false>(sums, one, row, x, x_stride, tokens, warp, WARPS, lane);
+        accumulate<BITS, G, 1, TALL, NT, HALF, false, RING>(sums, one, row, x, x_stride, tokens, warp, groups_in, WARPS, false);
     }
-    add_up<MATRICES, NT, WARPS>(parts, sums, [&](int r, int token, float (&total)[MATRICES]) {
-        const int neuron = first + r;
-        if (neuron >= up.rows || token >= tokens) return;
-        const float u = total[0] + (up_bias ? value_of<HALF>(up_bias[neuron]) : 0.f);
-        float found;
-        if constexpr (GATED) found = activated<ACT>(total[1] + (gate_bias ? value_of<HALF>(gate_bias[neuron]) : 0.f)) * u;
-        else found = activated<ACT>(u);
-        h[arranged<G>(token, neuron, groups)] = bits_of<HALF>(found);
+    add_up<RING, SEVERAL * TALL, NT, WARPS>(sums, [&](int r, int token, float (&total)[SEVERAL * TALL]) {
+#pragma unroll
+        for (int j = 0; j < TALL; ++j) {
+            const int neuron = first + j * 16 + r;
+            if (neuron >= up.rows || token >= tokens) return;
+            const float u = total[j * SEVERAL] + (up_bias ? value_of<HALF>(up_bias[neuron]) : 0.f);
+            float found;
+            if constexpr (GATED) found = activated<ACT>(total[j * SEVERAL + 1] + (gate_bias ? value_of<HALF>(gate_bias[neuron]) : 0.f)) * u;
+            else found = activated<ACT>(u);
+            h[arranged<G>(token, neuron, groups)] = bits_of<HALF>(found);
+        }
     });
 }
 
-// h = act(gate x) * (up x) of both branches, each arranged for `outer`; grid (blocks of 16 neurons, blocks of NT tiles).
-template <int HEAVY_BITS, int REST_BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32) inner(
+// h = act(gate x) * (up x) of both branches, each arranged for `outer`; grid (blocks of 16 TALL neurons, blocks of NT tiles).
+template <int HEAVY_BITS, int REST_BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int TALL, int RING>
+__global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, false> + WARPS - 1) / WARPS) inner(
     const u16* x, u16* h,
     const u8* hg, const void* hgs, const u8* hgz, const u16* hgu, const u16* hgb,
     const u8* hu, const void* hus, const u8* huz, const u16* huu, const u16* hub,
@@ -360,51 +510,55 @@ __global__ void __launch_bounds__(WARPS * 32) inner(
     const u8* ru, const void* rus, const u8* ruz, const u16* ruu, const u16* rub,
     int tokens, int heavy, int rest, int d_model
 ) {
-    __shared__ Parts<GATED ? 2 : 1, WARPS> parts;
+    let_next_start();
     const int tile = blockIdx.y * NT, left = tokens - tile * 8, tiles = (tokens + 7) / 8;
     const long heavy_width = (long)(heavy + G - 1) / G * G, rest_width = (long)(rest + G - 1) / G * G;
     x += (long)tile * 8 * d_model;
-    const int heavy_blocks = (heavy + 15) / 16, block = blockIdx.x;
+    const int heavy_blocks = (heavy + 16 * TALL - 1) / (16 * TALL), block = blockIdx.x;
     if constexpr (HEAVY_BITS != 0) {
         if (block < heavy_blocks) {
-            inner_block<HEAVY_BITS, G, NT, ACT, GATED, HALF, WARPS>(
-                parts, x, h + tile * 8 * heavy_width, {hg, hgs, hgz, hgu, heavy, d_model},
+            inner_block<HEAVY_BITS, G, NT, ACT, GATED, HALF, WARPS, TALL, RING>(
+                x, h + tile * 8 * heavy_width, {hg, hgs, hgz, hgu, heavy, d_model},
                 {hu, hus, huz, huu, heavy, d_model}, hgb, hub, block, left, d_model);
             return;
         }
     }
-    inner_block<REST_BITS, G, NT, ACT, GATED, HALF, WARPS>(
-        parts, x, h + tiles * 8 * heavy_width + tile * 8 * rest_width, {rg, rgs, rgz, rgu, rest, d_model},
+    inner_block<REST_BITS, G, NT, ACT, GATED, HALF, WARPS, TALL, RING>(
+        x, h + tiles * 8 * heavy_width + tile * 8 * rest_width, {rg, rgs, rgz, rgu, rest, d_model},
         {ru, rus, ruz, ruu, rest, d_model}, rgb, rub, block - heavy_blocks, left, d_model);
 }
 
-// y = down h + bias over both branches; grid (blocks of 16 outputs, blocks of NT tiles).
-template <int HEAVY_BITS, int REST_BITS, int G, int NT, bool HALF, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32) outer(
+// y = down h + bias over both branches; grid (blocks of 16 TALL outputs, blocks of NT tiles).
+template <int HEAVY_BITS, int REST_BITS, int G, int NT, bool HALF, int WARPS, int TALL, int RING>
+__global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, true> + WARPS - 1) / WARPS) outer(
     const u16* h, u16* y, const u16* bias,
     const u8* hd, const void* hds, const u8* hdz, const u16* hdu,
     const u8* rd, const void* rds, const u8* rdz, const u16* rdu,
     int tokens, int heavy, int rest, int d_model
 ) {
-    __shared__ Parts<1, WARPS> parts;
     const int tile = blockIdx.y * NT, left = tokens - tile * 8, tiles = (tokens + 7) / 8;
     const int heavy_groups = (heavy + G - 1) / G, rest_groups = (rest + G - 1) / G;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.x * 16;
-    const int row[2] = {min(first + (lane >> 2), d_model - 1), min(first + (lane >> 2) + 8, d_model - 1)};
-    float sums[1][NT][4] = {};
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.x * 16 * TALL;
+    int row[TALL][2];
+    rows_of<TALL>(row, first, d_model, lane);
+    float sums[TALL][NT][4] = {};
     if constexpr (HEAVY_BITS != 0) {
         const Matrix one[1] = {{hd, hds, hdz, hdu, d_model, heavy}};
         const u16* part = h + (long)tile * 8 * heavy_groups * G;
-        accumulate<HEAVY_BITS, G, 1, NT, HALF, true>(sums, one, row, part, 0, left, warp, WARPS, lane);
+        accumulate<HEAVY_BITS, G, 1, TALL, NT, HALF, true, RING>(sums, one, row, part, 0, left, warp, heavy_groups, WARPS, true);
     }
     // The warps take turns across both branches, so that none has two groups more than another.
     const Matrix one[1] = {{rd, rds, rdz, rdu, d_model, rest}};
     const int turn = (warp + WARPS - heavy_groups % WARPS) % WARPS;
     const u16* part = h + (long)tiles * 8 * heavy_groups * G + (long)tile * 8 * rest_groups * G;
-    accumulate<REST_BITS, G, 1, NT, HALF, true>(sums, one, row, part, 0, left, turn, WARPS, lane);
-    add_up<1, NT, WARPS>(parts, sums, [&](int r, int token, float (&total)[1]) {
-        if (first + r >= d_model || token >= left) return;
-        const float found = total[0] + (bias ? value_of<HALF>(bias[first + r]) : 0.f);
-        y[(long)(tile * 8 + token) * d_model + first + r] = bits_of<HALF>(found);
+    accumulate<REST_BITS, G, 1, TALL, NT, HALF, true, RING>(sums, one, row, part, 0, left, turn, rest_groups, WARPS, HEAVY_BITS == 0);
+    add_up<RING, TALL, NT, WARPS>(sums, [&](int r, int token, float (&total)[TALL]) {
+#pragma unroll
+        for (int j = 0; j < TALL; ++j) {
+            const int out = first + j * 16 + r;
+            if (out >= d_model || token >= left) return;
+            const float found = total[j] + (bias ? value_of<HALF>(bias[out]) : 0.f);
+            y[(long)(tile * 8 + token) * d_model + out] = bits_of<HALF>(found);
+        }
     });
 }

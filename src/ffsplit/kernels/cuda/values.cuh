@@ -12,6 +12,12 @@ __device__ __forceinline__ float half_value(u16 bits) {
     return value;
 }
 
+__device__ __forceinline__ u32 half_of(u32 count) {  // up to 2048, exact
+    u16 bits;
+    asm("cvt.rn.f16.u16 %0, %1;" : "=h"(bits) : "h"((u16)count));
+    return bits;
+}
+
 template <bool HALF> __device__ __forceinline__ float value_of(u16 bits) {
     return HALF ? half_value(bits) : __uint_as_float((u32)bits << 16);
 }
