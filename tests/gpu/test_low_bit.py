@@ -82,6 +82,8 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     launched = []
     call = low_bit.LowBitFFN.__call__
     monkeypatch.setattr(low_bit.LowBitFFN, "__call__", lambda self, x: launched.append(1) or call(self, x))
+    # Without a gate, more tokens are left to decoded weights; here the kernels are meant.
+    monkeypatch.setattr(low_bit, "MOST_UNGATED", low_bit.MOST_TOKENS)
     on_gpu = copy.deepcopy(ffn).cuda()
     for tokens in ((1, 7, 8), (9, 16, 17), (24, 31, 32))[index % 3]:
         launched.clear()
@@ -95,6 +97,23 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
         poison()
         assert torch.equal(found, on_gpu(x.cuda()))  # sums are added up in one order
         assert launched
+
+
+@pytest.mark.parametrize(("tokens", "inner_shared"), [(5, 12288), (13, 8192), (29, 8192)])
+@pytest.mark.parametrize("index", [1, 6, 8, 12])
+@torch.no_grad()
+def test_blocks_of_twice_the_rows(index: int, tokens: int, inner_shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layouts that only large FFNs get, on small ones that end anywhere."""
+    monkeypatch.setattr(low_bit, "MOST_UNGATED", low_bit.MOST_TOKENS)
+    tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    layout = low_bit.Layout(tiles, 2, 2, inner_shared, 4, 2, 20480)
+    monkeypatch.setattr(low_bit.Layout, "of", lambda *_: layout)
+    ffn = sum_of(SUMS[index], torch.bfloat16)
+    x = torch.randn(tokens, ffn.d_model).to(torch.bfloat16)
+    on_gpu = copy.deepcopy(ffn).cuda()
+    exact = ffn.double()(x.double())
+    poison()
+    assert relative_error(on_gpu(x.cuda()), exact) < 8e-3
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     call = threshold.ThresholdFFN.__call__
     monkeypatch.setattr(threshold.ThresholdFFN, "__call__", lambda self, x: launched.append(1) or call(self, x))
     on_gpu = copy.deepcopy(ffn).cuda()
-    for tokens in (1, 2, 3, 4):
+    for tokens in (1, 2):
         x = torch.randn(tokens, ffn.d_model).to(dtype)
         wanted, slack = exact(ffn, x)
         on_gpu(x.cuda())

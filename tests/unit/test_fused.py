@@ -88,11 +88,11 @@ def test_only_few_halves_on_a_gpu_are_taken() -> None:
     assert not takes(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"), [shape])
 
 
-def test_up_to_32_halves_of_matrices_that_can_be_counted_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_of_matrices_that_can_be_counted_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
 
-    def taken(tokens: int, neurons: tuple[int, ...]) -> bool:
-        shape = LowBitShape(65536, neurons, (4,) * len(neurons), 64, True, "silu")
+    def taken(tokens: int, neurons: tuple[int, ...], gated: bool = True) -> bool:
+        shape = LowBitShape(65536, neurons, (4,) * len(neurons), 64, gated, "silu")
         x = SimpleNamespace(  # stands for a tensor on a GPU, which there may be none of
             device=SimpleNamespace(type="cuda", index=0), dtype=torch.bfloat16, shape=(tokens, 65536),
             numel=lambda: 65536 * tokens,
@@ -101,6 +101,7 @@ def test_up_to_32_halves_of_matrices_that_can_be_counted_are_taken(monkeypatch: 
 
     for neurons in ((64,), (64, 64)):
         assert [tokens for tokens in range(1, 40) if taken(tokens, neurons)] == list(range(1, 33))
+        assert [tokens for tokens in range(1, 40) if taken(tokens, neurons, gated=False)] == list(range(1, 17))
     assert taken(1, (64, 32704))
     assert not taken(1, (64, 32768))  # 4 GiB in 16 bits
 

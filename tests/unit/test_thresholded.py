@@ -213,7 +213,7 @@ def test_only_few_halves_on_a_gpu_are_taken() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4096, 0, 11008), (8192, 16, 28672), (72, 3, 34), (8, 0, 1)])
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_the_workspace_holds_what_the_kernels_write(shape: tuple[int, int, int], tokens: int) -> None:
     ffn_shape = ThresholdShape(*shape, True, True, "silu")
     shares = shares_of(ffn_shape, tokens, 132)
@@ -303,7 +303,7 @@ def test_a_gpu_gets_launches_that_are_made_once(launches: Launches, monkeypatch:
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_operator_multiplies_by_down_as_it_is_stored(launches: Launches, heavy: int, turned: bool) -> None:
     shape = ThresholdShape(64, heavy, 40, True, True, "silu")
-    launches.hidden = torch.randn(3, heavy + 40).bfloat16()
+    launches.hidden = torch.randn(2, heavy + 40).bfloat16()
     downs = [torch.randn(64, size).bfloat16() if size else None for size in (heavy, 40)]
     if turned:
         downs = [None if down is None else down.t().contiguous().t() for down in downs]
@@ -312,7 +312,7 @@ def test_the_operator_multiplies_by_down_as_it_is_stored(launches: Launches, hea
     tensors: list[Tensor | None] = []
     for weight, down in zip(weights, downs, strict=True):
         tensors += [weight, None, weight, None, down]
-    x = torch.zeros(3, 1, 64, dtype=torch.bfloat16)
+    x = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
     out = threshold_ffn._init_fn(x, [*tensors, torch.zeros(1).bfloat16(), bias], shape.numbers())
     assert out.shape == x.shape
     assert [seen[0] for seen in launches.seen] == (["inner", "outer"] if turned else ["inner"])

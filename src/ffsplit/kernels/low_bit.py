@@ -19,6 +19,8 @@ from ffsplit.kernels.dense_ffn import ACTIVATIONS
 
 MOST_TOKENS = 32
 """Beyond, multiplying by decoded weights is faster."""
+MOST_UNGATED = 16
+"""The same without a gate, where fewer weights share the tokens."""
 BITS = (2, 3, 4, 8, 16)
 """16 is a dense matrix of halves."""
 GROUPS = (32, 64, 128)
@@ -91,7 +93,8 @@ def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) ->
         return False
     if x.shape[-1] != shapes[0].d_model:  # the plain path says what is wrong
         return False
-    if x.numel() // shapes[0].d_model > MOST_TOKENS:
+    most = MOST_TOKENS if shapes[0].gated else MOST_UNGATED
+    if x.numel() // shapes[0].d_model > most:
         return False
     return all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
 

@@ -19,8 +19,8 @@ from ffsplit.kernels import nvrtc
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.low_bit import ALIGNMENT, NAMES
 
-MOST_TOKENS = 4
-"""Tokens differ in the neurons that they need: the more there are, the fewer are left out by all."""
+MOST_TOKENS = 2
+"""Tokens differ in the neurons that they need: at 4, too few are left out by all for these kernels to pay."""
 BRANCH_TENSORS = 5
 WARPS = 8
 THREADS = 32 * WARPS
@@ -30,7 +30,7 @@ RUN = 8
 """Neurons that go to the same share."""
 LEAST_RUNS = 4
 """Of a share: below, adding up what blocks found takes longer than finding it."""
-BLOCKS = {1: 4, 2: 2, 3: 2, 4: 2}
+BLOCKS = {1: 4, 2: 2}
 """Of `outer` that a multiprocessor runs at a time, by tokens."""
 
 

@@ -3,13 +3,18 @@
 // A warp multiplies 16 rows of a weight matrix with 8 tokens a tensor-core instruction (m16n8k16, weights on the left).
 // The order of the inner dimension is free as long as both sides agree on it, and it is chosen such that every thread
 // reads its codes straight from the stored layout: of a group of G columns, thread t of a row's four owns columns
-// t * G/4 to (t + 1) * G/4 - 1, which lie in 16 consecutive bytes at 4 bits and G = 128. Neither shared memory nor a
-// barrier until the warps of a block, which share the groups of the same rows, add up their sums at the end. `inner`
-// writes its result in the order in which `outer` reads it.
+// t * G/4 to (t + 1) * G/4 - 1, which lie in 16 consecutive bytes at 4 bits and G = 128. `inner` writes its result in the
+// order in which `outer` reads it.
+//
+// The warps of a block share the groups of the same rows and meet only to add up their sums at the end. Until then each
+// asks for codes several pieces ahead, through shared memory: every thread copies what it alone will use, so that there is
+// nothing to wait for but its own copies, and registers are left to the products. Tokens come the same way, or a span ahead
+// in registers where there are many. `outer` starts before `inner` has ended, and has its first weights on their way by then.
 //
 // Codes become exact halves a pair at a time: or-ed into the mantissa of 128 (bfloat16) or 1024 (float16) a code is that
-// number plus itself, and one fused multiply-add takes off the offset and the zero. The scale of a group multiplies the
-// float32 sum of its products. Heavy and rest branches share a grid.
+// number plus itself. Origin and zero are taken off the codes by one addition a pair; or, for one tile of tokens and codes of
+// at most four bits, off the sums of a group: a product with ones finds the sum of its tokens. The scale of a group multiplies
+// the float32 sum of its products. Heavy and rest branches share a grid.
 //
 // Layout of codes: ffsplit/ops/packing.py. Scales: the bits of float16 numbers, or bytes in units of a 256th of a float16 per row.
 
@@ -61,7 +66,7 @@ template <bool HALF> __device__ __forceinline__ void multiply(float (&sum)[4], c
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// RING bytes for each warp: codes and tokens on their way from memory, and the warp's sums at the end.
+// RING bytes for each warp: codes and tokens on their way, and the warp's sums at the end.
 extern __shared__ __align__(16) u8 memory[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -228,8 +233,7 @@ template <int G, bool ARRANGED> struct Tokens {
     static __device__ __forceinline__ uint4 in_order(uint4 v) { return ARRANGED ? v : paired(v); }
 };
 
-// Whether tokens go through shared memory as codes do. Several tiles of rows are better read where they are used: all blocks
-// read the same, and what `inner` reads again stays in the first-level cache.
+// Whether tokens go through shared memory as codes do. Several tiles of `inner`'s would take more of it than its codes.
 template <int NT, bool ARRANGED> constexpr bool TOKENS_TOO = ARRANGED || NT == 1;
 // What a piece takes in shared memory.
 template <int BITS, int G, int MATRICES> constexpr int CODE_BYTES = MATRICES * 256 * Codes<BITS, G>::WORDS;
@@ -250,10 +254,7 @@ __device__ __forceinline__ void wait_for_front() {
 #endif
 }
 
-// For so few tiles of tokens, codes of at most four bits stay on top of their origin: a product with ones finds the sum of
-// the group's tokens, and origin and zero are taken off the result. More tiles share what it costs to take them off the codes.
-constexpr int LATER_TILES = 1;
-// Warps that must find room for their registers on a multiprocessor.
+// Warps that must find room for their registers on a multiprocessor: what was fastest on an H200.
 template <int NT, int TALL, bool ARRANGED>
 constexpr int RESIDENT = NT == 4 ? 8 : ARRANGED ? 16 : NT == 2 || TALL == 2 ? 12 : 20;
 
@@ -268,7 +269,7 @@ __device__ __forceinline__ void accumulate(
     constexpr int CODES = CODE_BYTES<BITS, G, MATRICES>, BYTES = BYTES_OF<BITS, G, MATRICES, NT, ARRANGED>;
     constexpr int D = DEPTH<RING, BYTES>;
     static_assert(D > 0);
-    constexpr bool LATER = NT <= LATER_TILES && BITS <= 4;
+    constexpr bool LATER = NT == 1 && BITS <= 4;  // more tiles share what it costs to take origins off the codes
     constexpr int ORIGIN = LATER ? (HALF ? 1024 : 128) : 0;
     const int lane = threadIdx.x & 31, t = lane & 3, columns = m[0].columns, groups = (columns + G - 1) / G;
     const u32 ring = shared_address(memory) + (threadIdx.x >> 5) * RING;
