@@ -22,8 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from _glue_variants import planned
+from ffsplit.ffn.made_up import fill
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.selectors import Threshold, ThresholdSpec
+from ffsplit.ffn.shape import FFNShape
+from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels.float8_ffn import set_prefill
 from ffsplit.kernels.low_bit import MOST_TOKENS
@@ -38,6 +42,9 @@ TOKENS = (1, 4, 16, 64, 256, 2048, 8, 32, 33, 512, 1024, 8192)
 BEYOND_CACHE = 150e6
 ROUNDS = 7
 CATS = "cats 50 %"
+# Half of the parameters in fewer neurons, and in a tenth of the neurons beside a low-rank rest.
+SMALLER = {"pruned 0.5": "prune", "split low rank 0.5": "ffsplit"}
+KEEP, ALIGN = 0.5, 64
 Call = Callable[[Tensor], Tensor]
 
 
@@ -65,6 +72,19 @@ def split_ffn(d_model: int, parts: list[tuple[int, int]], gated: bool) -> SumFFN
         for neurons, bits in parts
     ]
     return SumFFN(d_model, branches).eval()
+
+
+def smaller_spec(d_model: int, d_ff: int, gated: bool, way: str) -> SumSpec:
+    """The structure of a way of ``glue.py`` at :data:`KEEP`."""
+    return planned(FFNShape(d_model, d_ff, gated), way, KEEP, ALIGN)
+
+
+def smaller_ffn(d_model: int, spec: SumSpec, gated: bool) -> SumFFN:
+    """Made-up numbers in a structure, in bfloat16."""
+    act = nn.SiLU() if gated else nn.GELU(approximate="tanh")
+    found = SumFFN.empty(spec, act, torch.bfloat16, torch.device("cuda"))
+    fill(found)
+    return found.eval()
 
 
 def thresholded_ffn(d_model: int, d_ff: int, gated: bool) -> SumFFN:
@@ -219,6 +239,7 @@ def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tupl
         return [module for module in made if module is not None], int(size)
 
     share = heavy / d_ff
+    smaller = {name: smaller_spec(d_model, d_ff, gated, way) for name, way in SMALLER.items()}
     found = {
         "dense bf16": copies(lambda: DenseFFN(d_model, d_ff, gated), 2 * weights),
         "int4": copies(lambda: split_ffn(d_model, [(d_ff, 4)], gated), weights * 4.19 / 8),
@@ -232,6 +253,10 @@ def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tupl
         ),
         # What one token moves: all of the matrix that is compared with the threshold, half of the others.
         CATS: copies(lambda: thresholded_ffn(d_model, d_ff, gated), weights * (4 / 3 if gated else 3 / 2)),
+        **{
+            name: copies(partial(smaller_ffn, d_model, spec, gated), 2 * spec.parameters)
+            for name, spec in smaller.items()
+        },
         "torchao int4": copies(lambda: torchao_ffn(d_model, d_ff, gated), weights * 4.25 / 8),
         "torch int4": copies(lambda: TorchInt4(d_model, d_ff, gated), weights * 4.25 / 8),
         # gemlite searches for every new shape, which takes minutes: the first one only.
@@ -247,6 +272,14 @@ def bandwidths(made: dict[str, tuple[list[nn.Module], int]], seconds: dict[str, 
     # Several tokens leave out less than half, by how much their neurons differ.
     known = [name for name in seconds if name in made and tokens <= (1 if name == CATS else 64)]
     return {name: round(made[name][1] / seconds[name] / 1e9) for name in known}
+
+
+def promised(made: dict[str, tuple[list[nn.Module], int]], seconds: dict[str, float]) -> dict[str, float]:
+    """How much of the speed that fewer multiplications promise is there."""
+    dense = made["dense bf16"][1], seconds["dense bf16"]
+    return {
+        name: round(dense[1] / seconds[name] / (dense[0] / made[name][1]), 3) for name in SMALLER if name in seconds
+    }
 
 
 def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
@@ -266,9 +299,8 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
             # Many tokens: the decoded or float8 weights are the same for all codes; one split is enough.
             if count > MOST_TOKENS and name in ("int3", "ffsplit bf16 10 % + int4"):
                 continue
-            for prefill in (
-                ("exact", "float8") if isinstance(modules[0], SumFFN) and count > MOST_TOKENS else ("exact",)
-            ):
+            decoded = isinstance(modules[0], SumFFN) and name not in SMALLER and count > MOST_TOKENS
+            for prefill in ("exact", "float8") if decoded else ("exact",):
                 set_prefill(prefill)  # type: ignore[arg-type]
                 label = name if prefill == "exact" else f"{name}, float8"
                 if isinstance(modules[0], SumFFN) and count in (1, 4, 16, 256):
@@ -291,6 +323,7 @@ def measure(d_model: int, d_ff: int, gated: bool, heavy: int, tokens: tuple[int,
             "microseconds": {name: round(value * 1e6, 1) for name, value in seconds.items()},
             "times_dense": {name: round(dense / value, 2) for name, value in seconds.items()},
             "gigabytes_per_second": bandwidths(made, seconds, count),
+            "share_of_promised": promised(made, seconds),
             "relative_error": errors,
         }
 
