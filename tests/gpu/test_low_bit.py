@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from threading import Thread
 
 import pytest
 import torch
@@ -122,6 +123,22 @@ def test_shapes_of_inputs() -> None:
     x = torch.randn(2, 3, 2 * 576, device="cuda", dtype=torch.bfloat16)[..., ::2]  # not contiguous
     torch.testing.assert_close(ffn(x), ffn(x.contiguous().view(6, 576)).view(2, 3, 576), rtol=0, atol=0)
     assert ffn(x[:0]).shape == (0, 3, 576)
+
+
+@torch.no_grad()
+def test_a_thread_that_has_called_nothing_yet() -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x, found = torch.randn(3, 576, device="cuda", dtype=torch.bfloat16), []
+    expected = ffn(x)
+
+    def work() -> None:
+        with torch.no_grad():
+            found.append(ffn(x))
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], expected)
 
 
 def test_gradients_take_the_plain_path() -> None:

@@ -22,7 +22,7 @@ from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.dispatch import belong
 from ffsplit.kernels.float8_ffn import set_prefill
-from ffsplit.kernels.low_bit import ALIGNMENT, TOKENS, Layout, LowBitFFN, LowBitShape, takes
+from ffsplit.kernels.low_bit import ALIGNMENT, TOKENS, Layout, LowBitFFN, LowBitShape, low_bit_ffn, takes
 from ffsplit.ops.rounding import Grid
 
 
@@ -290,3 +290,53 @@ def test_kernels_are_launched_on_their_own_device(monkeypatch: pytest.MonkeyPatc
         nvrtc.Launcher(SimpleNamespace(func=None), device)((1, 1), 32, [1, 2], [3])
     assert driver.launched == [(0, 7), (1, 8)]
     assert driver.current == 0
+
+
+def tensors_of(branches: list[Branch], bias: Tensor | None = None) -> list[Tensor | None]:
+    places = [place for one in branches for place in _places(one)]
+    return [*(None if place is None else place[0][place[1]] for place in places), bias]
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@torch.no_grad()
+def test_the_operator_decodes_where_the_kernels_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, gated: bool
+) -> None:
+    monkeypatch.setattr(nvrtc, "launcher", lambda *_: None)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 99 * 1024)
+    branches = [branch(64, 16, gated=gated), branch(128, 3, gated=gated)]
+    for one in branches[1:]:
+        for matrix in (one.up, one.gate, one.down):
+            if isinstance(matrix, Packed):
+                matrix.scale.copy_((torch.rand(matrix.scale.shape) * 0.02).to(torch.float16).view(torch.int16))
+    (shape,) = low_bit_shapes(branches) or ()
+    bias, x = torch.randn(64), torch.randn(2, 3, 64)
+    found = low_bit_ffn._init_fn(x, tensors_of(branches, bias), shape.numbers())
+    torch.testing.assert_close(found, SumFFN(64, branches, bias=bias)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_copies_weights_that_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[list[int]] = []
+
+    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int) -> object:
+        return lambda grid, block, pointers, integers, early=False: launched.append(pointers)
+
+    monkeypatch.setattr(nvrtc, "launcher", launcher)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 99 * 1024)
+    room = torch.zeros(64 * 64 + 8, dtype=torch.bfloat16)
+    weights: list[Tensor | None] = [None] * 15
+    weights[0] = weights[4] = weights[8] = room[1 : 1 + 64 * 64].view(64, 64)
+    shape = LowBitShape(64, (64,), (16,), 64, True, "silu")
+    low_bit_ffn._init_fn(torch.zeros(1, 64, dtype=torch.bfloat16), weights, shape.numbers())
+    assert len(launched) == 2
+    assert all(pointer % ALIGNMENT == 0 for pointers in launched for pointer in pointers)
+
+
+def test_launches_are_kept_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[object] = []
+    one = branch(64, 4)
+    fused = FusedBranches()
+    monkeypatch.setattr(fused, "_launch", lambda key, tensors, make: keys.append(key) or [])
+    for device in ("cpu", "meta"):
+        fused._few(torch.zeros(1, 64, dtype=torch.bfloat16, device=device), tensors_of([one]), None, [])
+    assert keys[0] != keys[1]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.ffn import thresholded
+from ffsplit.ffn.places import tensors_at
 from ffsplit.ffn.projections import Dense, LowRank
 from ffsplit.ffn.selectors import Threshold, ThresholdSpec
 from ffsplit.ffn.sum import Branch, SumFFN
-from ffsplit.ffn.thresholded import threshold_shape
+from ffsplit.ffn.thresholded import _places, threshold_shape
 from ffsplit.kernels import cpu_threshold, nvrtc
 from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dispatch import reference_only
@@ -357,3 +358,20 @@ def test_on_a_cpu_a_compiler_sees_the_plain_path() -> None:
         compiled = torch.compile(module, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), plain(module, x))
     assert not ran(module)
+
+
+@pytest.mark.parametrize("heavy", [0, HEAVY], ids=["rest", "heavy"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@torch.no_grad()
+def test_the_operator_masks_where_the_kernels_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, gated: bool, heavy: int
+) -> None:
+    monkeypatch.setattr(nvrtc, "launcher", lambda *_: None)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
+    module, x = ffn(gated, heavy=heavy), torch.randn(2, 1, D_MODEL)
+    branches = list(module._branches())
+    shape = threshold_shape(branches)
+    assert shape is not None
+    tensors = [*tensors_at(_places(branches)), module.bias]
+    found = threshold_ffn._init_fn(x, tensors, shape.numbers())
+    torch.testing.assert_close(found, plain(module, x), rtol=1e-4, atol=1e-4)

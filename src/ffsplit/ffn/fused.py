@@ -23,12 +23,20 @@ from ffsplit.kernels.cache import counted, decoded_room
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
-from ffsplit.kernels.low_bit import ALIGNMENT, BRANCH_TENSORS, TOKENS, LowBitFFN, LowBitShape, low_bit_ffn, takes
+from ffsplit.kernels.low_bit import (
+    ALIGNMENT,
+    BRANCH_TENSORS,
+    DENSE_BITS,
+    TOKENS,
+    LowBitFFN,
+    LowBitShape,
+    low_bit_ffn,
+    takes,
+)
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
-DENSE_BITS = 16
 ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
@@ -115,7 +123,7 @@ class FusedBranches(WatchedBranches[_Known, list[LowBitFFN]]):
             made = [LowBitFFN(part, shape, tokens, x.dtype, x.device.index) for part, shape in parts] if fits else []
             return made if all(launch.is_compiled for launch in made) else []
 
-        launches = self._launch((-(-tokens // TOKENS), x.dtype), [*tensors, bias], make)
+        launches = self._launch((-(-tokens // TOKENS), x.dtype, x.device), [*tensors, bias], make)
         return _added([launch(x) for launch in launches])
 
     def _many(

@@ -64,7 +64,9 @@ class WatchedBranches(ABC, Generic[K, L]):
         """What ``make`` gives for the tensors' addresses, once for every key as long as they stay where they are."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if addresses != self._addresses:
-            self._addresses, self._launches = addresses, {}
+            # In this order: a thread that comes between the two makes its launch anew.
+            self._launches = {}
+            self._addresses = addresses
         if key not in self._launches:
             self._launches[key] = make(addresses)
         return self._launches[key]

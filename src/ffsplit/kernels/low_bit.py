@@ -15,14 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ffsplit.kernels import nvrtc
-from ffsplit.kernels.dense_ffn import ACTIVATIONS
+from ffsplit.kernels.dense_ffn import ACTIVATIONS, DenseFFN
+from ffsplit.kernels.packed import PackedTensors
 
 MOST_TOKENS = 32
 """Beyond, multiplying by decoded weights is faster."""
 MOST_UNGATED = 16
 """The same without a gate, where fewer weights share the tokens."""
-BITS = (2, 3, 4, 8, 16)
-"""16 is a dense matrix of halves."""
+DENSE_BITS = 16
+"""Of a dense matrix of halves."""
+BITS = (2, 3, 4, 8, DENSE_BITS)
 GROUPS = (32, 64, 128)
 TILE = 16
 """Rows that a block of threads works on; :data:`TOKENS` tokens stand beside them."""
@@ -193,8 +195,7 @@ class LowBitFFN:
         if flat.data_ptr() % ALIGNMENT:
             flat = flat.clone()
         count = flat.shape[0]
-        # The last tiles may be read beyond the tokens; what is found there is not used.
-        tiles = -(-count // TOKENS) + layout.tiles
+        tiles = -(-count // TOKENS)
         hidden = flat.new_empty(tiles * TOKENS * self.shape.padded)
         out = torch.empty_like(flat)
         self.inner(
@@ -213,17 +214,45 @@ class LowBitFFN:
         return out.view(x.shape)
 
 
+def decoded(
+    x: Float[Tensor, "*tokens d_model"], tensors: Sequence[Tensor | None], shape: LowBitShape
+) -> Float[Tensor, "*tokens d_model"]:
+    """The same outputs by decoded weights, anywhere; ``tensors`` as :class:`LowBitFFN` takes them."""
+
+    def matrix(parts: Sequence[Tensor | None], bits: int, columns: int) -> Tensor:
+        codes, scale, zero, row_scale = parts
+        assert codes is not None
+        if bits == DENSE_BITS:
+            return codes
+        assert scale is not None
+        stored = PackedTensors(codes, scale, zero, row_scale, None, bits=bits, group=shape.group, columns=columns)
+        return stored.dense(x.dtype)
+
+    total: Tensor | None = None
+    for at, (neurons, bits) in enumerate(zip(shape.neurons, shape.bits, strict=True)):
+        part = tensors[at * BRANCH_TENSORS : (at + 1) * BRANCH_TENSORS]
+        inner = [matrix(part[4:8], bits, shape.d_model)]
+        inner += [matrix(part[0:4], bits, shape.d_model)] if shape.gated else []
+        bias = None if at else tensors[-1]
+        ffn = DenseFFN(torch.cat(inner), matrix(part[8:12], bits, neurons), part[13], part[12], bias, shape.act)
+        total = ffn(x) if total is None else total + ffn(x)
+    assert total is not None
+    return total
+
+
 # The schema in words: under a runtime type checker it could not be read off the function.
 @torch.library.custom_op(
     "ffsplit::low_bit_ffn", mutates_args=(), schema="(Tensor x, Tensor?[] tensors, int[] numbers) -> Tensor"
 )
 def low_bit_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
-    """What :class:`LowBitFFN` does, as an operator that compilers see; ``numbers`` are those of the shape."""
+    """What :class:`LowBitFFN` does, as an operator that compilers see; ``numbers`` are those of the shape.
+
+    A compiled graph cannot change its mind: where the kernels cannot be compiled, weights are decoded at every call.
+    """
     shape = LowBitShape.from_numbers(numbers)
-    ffn = LowBitFFN(tensors, shape, x.numel() // shape.d_model, x.dtype, x.device.index)
-    if not ffn.is_compiled:
-        raise RuntimeError("the kernels of ffsplit::low_bit_ffn cannot be compiled here")
-    return ffn(x)
+    aligned = [tensor.clone() if tensor is not None and tensor.data_ptr() % ALIGNMENT else tensor for tensor in tensors]
+    ffn = LowBitFFN(aligned, shape, x.numel() // shape.d_model, x.dtype, x.device.index)
+    return ffn(x) if ffn.is_compiled else decoded(x, tensors, shape)
 
 
 @low_bit_ffn.register_fake

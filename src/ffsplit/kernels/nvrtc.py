@@ -18,6 +18,10 @@ LEAST_CAPABILITY = (8, 0)
 """bfloat16 tensor cores and their instructions."""
 EARLY_LAUNCH = (9, 0)
 """A kernel may start before the one in front has ended, and waits for it by an instruction of its own."""
+EARLY_IN_GRAPHS = 12030
+"""CUDA's version, as its driver writes it, from which a graph can hold such a launch."""
+NO_CONTEXT = 201
+"""CUresult of cuda.h."""
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 """CUlaunchAttributeID of cuda.h."""
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -92,15 +96,23 @@ class Launcher:
             pointers: the kernel's first arguments.
             integers: its others.
             early: where the device can, start before the kernel in front has ended; the kernel must wait for that.
+
+        Raises:
+            RuntimeError: the driver refused it.
         """
         if torch.cuda.current_device() == self._device:
-            self._run(grid, block, pointers, integers, early)
-            return
-        # Layers spread over several GPUs run without a change of the current one.
-        with torch.cuda.device(self._device):
-            self._run(grid, block, pointers, integers, early)
+            failed = self._run(grid, block, pointers, integers, early)
+            if failed == NO_CONTEXT:
+                bind(self._device)
+                failed = self._run(grid, block, pointers, integers, early)
+        else:  # layers spread over several GPUs run without a change of the current one
+            with torch.cuda.device(self._device):
+                failed = self._run(grid, block, pointers, integers, early)
+        if failed:
+            raise RuntimeError(f"a kernel could not be launched: CUDA error {failed}")
 
-    def _run(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int], early: bool) -> None:
+    def _run(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int], early: bool) -> int:
+        """Launch it, and give the driver's error code."""
         stream = torch.cuda.current_stream().cuda_stream
         with self._lock:  # threads share the places of the arguments
             if self._cache != (len(pointers), len(integers)):
@@ -113,8 +125,7 @@ class Launcher:
             else:
                 size = (*grid, 1, block, 1, 1, self._shared, ctypes.c_void_p(stream))
                 failed = self._driver.cuLaunchKernel(self._kernel.func, *size, self._arguments, None)
-        if failed:
-            raise RuntimeError(f"a kernel could not be launched: CUDA error {failed}")
+        return int(failed)
 
     def _lay_out(self, pointers: int, integers: int) -> None:
         """Places for the arguments and their addresses, made once: the driver copies the values at every launch."""
@@ -124,6 +135,61 @@ class Launcher:
         addresses = [first + 8 * at for at in range(pointers)] + [second + 4 * at for at in range(integers)]
         self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
         self._cache = (pointers, integers)
+
+
+def bind(device: int) -> None:
+    """Give the calling thread the device's context, which a thread gets with its first call of CUDA's runtime."""
+    torch.cuda.mem_get_info(device)
+
+
+def machine_code(text: str, instance: str, architecture: str, library: Any) -> tuple[bytes, str]:
+    """One instance of a kernel, compiled, and the name that it has in there.
+
+    torch's own ``_compile_kernel`` does the same, but wants a CUDA toolkit for headers that these sources do not need.
+
+    Args:
+        text: the source.
+        instance: as :func:`instance_of` writes it.
+        architecture: ``sm_90``, for example.
+        library: NVRTC, a ``ctypes.CDLL``.
+
+    Raises:
+        RuntimeError: the source is wrong, or the compiler does not know the architecture.
+    """
+    program = ctypes.c_void_p()
+
+    def call(name: str, *arguments: Any) -> None:
+        failed = getattr(library, name)(*arguments)
+        if failed:
+            raise RuntimeError(f"{name} failed with {failed}{_log_of(library, program)}")
+
+    def read(what: str) -> bytes:
+        size = ctypes.c_size_t()
+        call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        found = ctypes.create_string_buffer(size.value)
+        call(f"nvrtcGet{what}", program, found)
+        return found.raw
+
+    call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"source.cu", 0, None, None)
+    try:
+        call("nvrtcAddNameExpression", program, instance.encode())
+        options = (ctypes.c_char_p * 2)(b"--std=c++17", f"--gpu-architecture={architecture}".encode())
+        call("nvrtcCompileProgram", program, len(options), options)
+        symbol = ctypes.c_char_p()
+        call("nvrtcGetLoweredName", program, instance.encode(), ctypes.byref(symbol))
+        return read("CUBIN"), (symbol.value or b"").decode()
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _log_of(library: Any, program: ctypes.c_void_p) -> str:
+    """What the compiler said about a program, from a new line on."""
+    size = ctypes.c_size_t()
+    if library.nvrtcGetProgramLogSize(program, ctypes.byref(size)) or size.value <= 1:
+        return ""
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    return "\n" + log.value.decode(errors="replace")
 
 
 def instance_of(kernel: str, arguments: tuple[int, ...]) -> str:
@@ -144,13 +210,14 @@ def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, sh
         shared: bytes of dynamic shared memory of a block.
     """
     instance = instance_of(kernel, arguments)
-    compile_source: Any = getattr(torch.cuda, "_compile_kernel", None)
-    if compile_source is None:
-        _logger.warning("this torch has no torch.cuda._compile_kernel: FFNs run without kernels of their own")
-        return None
+    major, minor = torch.cuda.get_device_capability(device)
     try:
+        library: Any = torch.cuda._utils._get_gpu_rtc_library()
+        code, symbol = machine_code(source(name), instance, f"sm_{major}{minor}", library)
         with torch.cuda.device(device):
-            return Launcher(compile_source(source(name), instance, nvcc_options=["--std=c++17"]), device, shared)
+            bind(device)
+            kernels: Any = torch.cuda._utils._cuda_load_module(code, [symbol])
+            return Launcher(kernels[symbol], device, shared)
     except (RuntimeError, OSError, AttributeError) as error:
         # A machine without NVRTC or with a driver older than it is served by the plain path, more slowly.
         _logger.warning("%s could not be compiled, FFNs run without it: %s", instance, error)
@@ -164,8 +231,11 @@ def is_supported(device: int) -> bool:
 
 @cache
 def launches_early(device: int) -> bool:
-    """Whether a kernel can start before the one in front has ended."""
-    return torch.cuda.get_device_capability(device) >= EARLY_LAUNCH
+    """Whether a kernel can start before the one in front has ended, in a graph too."""
+    version = ctypes.c_int()
+    driver: Any = torch.cuda._utils._get_gpu_runtime_library()
+    known = not driver.cuDriverGetVersion(ctypes.byref(version)) and version.value >= EARLY_IN_GRAPHS
+    return known and torch.cuda.get_device_capability(device) >= EARLY_LAUNCH
 
 
 def processors(device: int) -> int:

@@ -206,6 +206,8 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 def threshold_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     """What :class:`ThresholdFFN` does, as an operator that compilers see.
 
+    A compiled graph cannot change its mind: where the kernels cannot be compiled, activations are computed and masked.
+
     Args:
         x: inputs.
         tensors: as there, but ``down`` as it is stored, ``[d_model, neurons]``: read whole, unless its memory lies
@@ -213,7 +215,7 @@ def threshold_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence
         numbers: of the shape.
     """
     shape = ThresholdShape.from_numbers(numbers)
-    found = list(tensors)
+    found = [tensor.clone() if tensor is not None and tensor.data_ptr() % ALIGNMENT else tensor for tensor in tensors]
     places = [at for at in (BRANCH_TENSORS - 1, 2 * BRANCH_TENSORS - 1) if found[at] is not None]
     downs = [down for at in places if (down := found[at]) is not None]
     sparse = all(down.t().is_contiguous() for down in downs)
@@ -221,14 +223,34 @@ def threshold_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence
         found[at] = down.t()
     tokens = x.numel() // shape.d_model
     ffn = ThresholdFFN(found, shape, tokens, x.dtype, x.device.index or 0)
-    if not ffn.is_compiled:
-        raise RuntimeError("the kernels of ffsplit::threshold_ffn cannot be compiled here")
-    return ffn(x) if sparse else _times_down(ffn.hidden(x), downs, tensors[-1]).view(x.shape)
+    if sparse and ffn.is_compiled:
+        return ffn(x)
+    hidden = ffn.hidden(x) if ffn.is_compiled else masked_hidden(x, tensors, shape)
+    return _times_down(hidden, downs, tensors[-1]).view(x.shape)
 
 
 @threshold_ffn.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def masked_hidden(
+    x: Float[Tensor, "*tokens d_model"], tensors: Sequence[Tensor | None], shape: ThresholdShape
+) -> Float[Tensor, "count neurons"]:
+    """What :meth:`ThresholdFFN.hidden` gives, anywhere: activations that a threshold leaves out become zero."""
+    flat, act, threshold = x.reshape(-1, shape.d_model), ACTIVATIONS[shape.act], tensors[-2]
+    assert threshold is not None
+    parts = []
+    for at in (0, BRANCH_TENSORS):
+        gate, gate_bias, up, up_bias, _ = tensors[at : at + BRANCH_TENSORS]
+        if up is None:  # there are no heavy neurons
+            continue
+        value = linear(flat, up, up_bias)
+        activation = act(value) if gate is None else act(linear(flat, gate, gate_bias))
+        if at:
+            activation = torch.where(activation.abs() > threshold, activation, torch.zeros_like(activation))
+        parts.append(activation if gate is None else activation * value)
+    return torch.cat(parts, 1)
 
 
 def _times_down(hidden: Tensor, downs: Sequence[Tensor], bias: Tensor | None) -> Tensor:

@@ -71,7 +71,7 @@ extern __shared__ __align__(16) u8 memory[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Asks for bytes of memory, or for zeros if they are not there: past the first-level cache if they are read ONCE.
+// Asks for bytes of memory, or for zeros if they are not there; 16 at a time, past the first-level cache if they are read ONCE.
 template <int BYTES, bool ONCE> __device__ __forceinline__ void copy(u32 to, const u8* from, bool there) {
     const int size = there ? BYTES : 0;
     if (BYTES == 16 && ONCE) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
@@ -310,6 +310,7 @@ __device__ __forceinline__ void accumulate(
             for (int n = 0; n < NT; ++n)
                 source.template ask<SPANS>(at + CODES + n * SPANS * 512, n, group, piece * SPANS);
     };
+    __syncwarp();  // what an accumulation before this one left here has been read
     if (first < last) {
 #pragma unroll
         for (int d = 0; d < D; ++d) ask_codes(ring + d * BYTES, first + d / P * stride, d % P);
@@ -437,6 +438,7 @@ __device__ __forceinline__ void add_up(float (&sums)[MATRICES][NT][4], Finish fi
     static_assert(MATRICES * TILES * 512 <= RING);
     // Every warp leaves its sums where its own codes were, of two tiles of tokens at a time.
     const auto part = [&](int w, int k, int place) { return (float*)(memory + w * RING) + (k * TILES * 4 + place) * 32; };
+    __syncwarp();
 #pragma unroll
     for (int from = 0; from < NT; from += TILES) {
         if (from) __syncthreads();

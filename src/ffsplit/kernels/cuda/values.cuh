@@ -33,7 +33,7 @@ template <int ACT> __device__ __forceinline__ float activated(float v) {
     if constexpr (ACT == SILU) return v / (1.f + __expf(-v));
     if constexpr (ACT == GELU) return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
     if constexpr (ACT == GELU_TANH) return v / (1.f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
-    if constexpr (ACT == RELU) return fmaxf(v, 0.f);
-    if constexpr (ACT == RELU_SQUARED) return fmaxf(v, 0.f) * fmaxf(v, 0.f);
+    if constexpr (ACT == RELU) return v < 0.f ? 0.f : v;  // a NaN stays one
+    if constexpr (ACT == RELU_SQUARED) return v < 0.f ? 0.f : v * v;
     return v;
 }
