@@ -138,7 +138,7 @@ class Launcher:
 
 
 def bind(device: int) -> None:
-    """Give the calling thread the device's context if it has none: it gets one with its first call of CUDA's runtime."""
+    """Give the calling thread the device's context if it has none: one comes with its first call of CUDA's runtime."""
     context, driver = ctypes.c_void_p(), torch.cuda._utils._get_gpu_runtime_library()
     if driver.cuCtxGetCurrent(ctypes.byref(context)) or not context.value:
         torch.cuda.mem_get_info(device)  # a call of the runtime that changes nothing
