@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from _glue_ways import WAYS, keep_of
 from ffsplit.budget.registry import entry_config
 from ffsplit.families import find_ffns, read
 from ffsplit.families.site import FFNSite
@@ -18,7 +19,6 @@ from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.methods.registry import get_method
-from glue import WAYS, keep_of
 
 NAMES = ("svd", "ffsplit", "prune", "ffsplit-linear")
 Modules = dict[str, nn.Module]
