@@ -69,6 +69,11 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, seq_len: int)
     return Encoded({name: encoded[name] for name in names}, torch.from_numpy(examples.labels), lengths)
 
 
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Batches that hold all examples once; the last one may be smaller."""
+    return -(-examples // batch_size)
+
+
 class Epochs:
     """Which examples every step trains on: all of them once an epoch, those of similar length together."""
 
@@ -76,7 +81,7 @@ class Epochs:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
-        self.steps = -(-len(lengths) // batch_size)
+        self.steps = steps_per_epoch(len(lengths), batch_size)
         self._epoch = lru_cache(maxsize=1)(self._shuffled)
 
     def rows(self, step: int) -> np.ndarray:

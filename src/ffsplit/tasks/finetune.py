@@ -18,7 +18,7 @@ from ffsplit.errors import RecipeError
 from ffsplit.evaluate.logits import device_of
 from ffsplit.families.forward import evaluating
 from ffsplit.recover.weights import as_sums
-from ffsplit.tasks.encode import Batch, Encoded, Epochs
+from ffsplit.tasks.encode import Batch, Encoded, Epochs, steps_per_epoch
 from ffsplit.tasks.metrics import measure
 from ffsplit.tasks.task import Task
 from ffsplit.train.distill import hidden_loss, logits_loss
@@ -126,8 +126,8 @@ def fine_tune(
 
 
 def steps_of(settings: TuneSettings, examples: int) -> int:
-    """Optimizer steps over so many examples."""
-    return max(round(settings.epochs * -(-examples // settings.batch_size)), 1)
+    """Optimizer steps over so many examples, at least one."""
+    return max(round(settings.epochs * steps_per_epoch(examples, settings.batch_size)), 1)
 
 
 @torch.no_grad()
