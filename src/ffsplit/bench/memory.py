@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     """The most memory that work takes beyond what was taken before it; ``None`` where no system counter tells.
 
     On an accelerator torch's own count, on Linux the resident set of the process (in pages, so small work takes 0).
+    There, with glibc, what was freed and is still resident goes back to the system first: work that takes such memory
+    again is seen to take it. Other allocators may hide that part.
     """
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
@@ -44,6 +47,9 @@ def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         work()
         torch.accelerator.synchronize(device)
         return max(0, torch.accelerator.max_memory_allocated(device) - before)
+    if not _PROCESS.is_dir():
+        return None
+    _give_back_freed()
     try:
         (_PROCESS / "clear_refs").write_text("5")  # sets the peak to what is resident now
         before = _kilobytes("VmRSS")
@@ -51,6 +57,13 @@ def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         return 1024 * max(0, _kilobytes("VmHWM") - before)
     except (OSError, KeyError):
         return None
+
+
+def _give_back_freed() -> None:
+    """Let glibc return the free pages of its heaps to the system; other C libraries know no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _kilobytes(name: str) -> int:
