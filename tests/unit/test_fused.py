@@ -18,7 +18,7 @@ from ffsplit.ffn.fused import FusedBranches, _decoded, _places, activation_name,
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import low_bit, nvrtc
-from ffsplit.kernels.cache import set_decoded_limit
+from ffsplit.kernels.cache import decoded_room, is_capturing, set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.dispatch import belong
 from ffsplit.kernels.float8_ffn import set_prefill
@@ -232,6 +232,39 @@ def test_the_decoded_ffn_follows_dtype_activation_and_moves() -> None:
     assert not whole._fused.derived.is_empty
     whole.to(torch.float16)  # changes no code, but a move to the CPU must give a GPU's memory back
     assert whole._fused.derived.is_empty
+
+
+@torch.no_grad()
+def test_float8_weights_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing, ran = True, []
+    monkeypatch.setattr("ffsplit.ffn.fused.wants_float8", lambda x, d_ff: True)
+    monkeypatch.setattr("ffsplit.ffn.fused.run_float8", lambda x, made: ran.append(made) or x)
+    monkeypatch.setattr("ffsplit.ffn.fused.is_capturing", lambda device: capturing)
+    whole, x = SumFFN(64, [one := branch(64, 4)]), torch.randn(3, 64)
+    found = many(whole._fused, one, x)
+    assert not ran
+    assert found is not None
+    torch.testing.assert_close(found, one(x))
+    capturing = False
+    many(whole._fused, one, x)
+    capturing = True
+    many(whole._fused, one, x)
+    assert len(ran) == 2
+    assert ran[0] is ran[1]
+
+
+def test_nothing_is_kept_that_a_captured_graph_would_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, capturing = torch.device("cuda", 0), True
+    module = SimpleNamespace(is_current_stream_capturing=lambda: capturing)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: module)
+    set_decoded_limit(16)
+    try:
+        assert (is_capturing(gpu), decoded_room(gpu)) == (True, 0)
+        assert not is_capturing(torch.device("cpu"))
+        capturing = False
+        assert (is_capturing(gpu), decoded_room(gpu)) == (False, 16)
+    finally:
+        set_decoded_limit(None)
 
 
 def test_kernels_want_rows_one_after_another() -> None:

@@ -19,7 +19,7 @@ from ffsplit.ffn.places import Held, Place, held_at, tensors_at
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.ffn.weights import joined_biases
-from ffsplit.kernels.cache import counted, decoded_room
+from ffsplit.kernels.cache import counted, decoded_room, is_capturing
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
@@ -129,12 +129,13 @@ class FusedBranches(WatchedBranches[_Known, list[LowBitFFN]]):
     def _many(
         self, x: Tensor, branches: Sequence[Branch], sources: Sequence[Tensor | None], bias: Tensor | None, act: str
     ) -> Tensor | None:
-        """All branches as one dense FFN, in float8 if that was asked for; None if there is no room to keep it."""
+        """All branches as one dense FFN, in float8 if that was asked for; None if it may not be kept."""
         if not takes_kernels(x, sources) or not belong(x, sources) or x.dtype not in FLOATS:
             return None
         if as_autocast(x) is not x:  # a kept matrix would be cast at every forward
             return None
-        if wants_float8(x, sum(branch.up.spec.shape[0] for branch in branches)):
+        d_ff = sum(branch.up.spec.shape[0] for branch in branches)
+        if wants_float8(x, d_ff) and (self.derived.holds("float8", sources) or not is_capturing(x.device)):
             made = self.derived.get("float8", sources, lambda: float8_ffn(_decoded(branches, bias, act, x.dtype)))
             return run_float8(x, made)
         weights = sum(math.prod(matrix.spec.shape) for b in branches for matrix in (b.up, b.gate, b.down) if matrix)

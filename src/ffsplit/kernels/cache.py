@@ -101,10 +101,14 @@ def set_decoded_limit(limit: int | None) -> None:
     _Decoded.limit = limit
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured; what is made then is computed by its replays only, and not to be kept."""
+    return device.type == "cuda" and bool(torch.get_device_module(device).is_current_stream_capturing())
+
+
 def decoded_room(device: torch.device) -> int:
     """Bytes of decoded matrices that may still be kept on a device; none while a CUDA graph is being captured."""
-    # What is made during a capture is computed by the graph's replays only, and must not be kept.
-    if device.type == "cuda" and torch.get_device_module(device).is_current_stream_capturing():
+    if is_capturing(device):
         return 0
     limit = int(SHARE_OF_MEMORY * _memory(device)) if _Decoded.limit is None else _Decoded.limit
     return limit - _Decoded.kept[device]
