@@ -6,16 +6,13 @@ made on the dense model, from measurements, before the first FFN is fitted.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from ffsplit.budget.scene import Scene
 from ffsplit.ffn.shape import FFNShape
-from ffsplit.methods.registry import Budget, Method, MethodConfig, Status, configure, lookup, methods
+from ffsplit.methods.registry import Budget, Method, MethodConfig, Status, configure, import_room, lookup, methods
 
 Decision = list[MethodConfig | None]
 """The method of every FFN in execution order; None leaves one as it is."""
@@ -84,17 +81,9 @@ def planner(
     return register
 
 
-@cache
-def _import_planners() -> None:
-    import ffsplit.budget as room
-
-    for module in pkgutil.iter_modules(room.__path__):
-        importlib.import_module(f"{room.__name__}.{module.name}")
-
-
 def planners() -> dict[str, Planner]:
     """Every planner by name, sorted."""
-    _import_planners()
+    import_room("ffsplit.budget")
     return dict(sorted(_PLANNERS.items()))
 
 

@@ -178,11 +178,10 @@ def method(
 
 
 @cache
-def _import_methods() -> None:
-    import ffsplit.methods as room
-
-    for module in pkgutil.iter_modules(room.__path__):
-        importlib.import_module(f"{room.__name__}.{module.name}")
+def import_room(name: str) -> None:
+    """Import every module of a room, ``ffsplit.methods`` or another one, so that its decorators have registered all."""
+    for module in pkgutil.iter_modules(importlib.import_module(name).__path__):
+        importlib.import_module(f"{name}.{module.name}")
 
 
 def methods() -> dict[str, Method]:
@@ -192,7 +191,7 @@ def methods() -> dict[str, Method]:
 
 def all_methods() -> dict[str, Method]:
     """Those of :func:`methods`, and the steps that planners decide on."""
-    _import_methods()
+    import_room("ffsplit.methods")
     return dict(sorted(_METHODS.items()))
 
 
