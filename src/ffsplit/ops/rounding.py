@@ -178,6 +178,13 @@ def storable_scale(
     return (half.view(torch.int16) + (half.to(bounded.dtype) < bounded).to(torch.int16)).view(torch.float16)
 
 
+def storable_row_scale(weight: Float[Tensor, "out in"], largest: int | float) -> Float16[Tensor, " out"]:
+    """The least storable scale of every row at which its largest value is at most ``largest``; rows of zeros have 1."""
+    rows, columns = weight.shape
+    reached = weight.abs().amax(1).double() if columns else weight.new_zeros(rows).double()
+    return storable_scale(torch.where(reached > 0, reached / largest, 1.0))
+
+
 def _check_bits(bits: int, symmetric: bool) -> None:
     if not 1 <= bits <= 8:
         raise RecipeError(f"bits={bits} is not in 1..8")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffsplit.ffn.projections.base import Projection, StorageSpec
 from ffsplit.kernels.int8 import LARGEST, int8_linear, round_rows
-from ffsplit.ops.rounding import storable_scale
+from ffsplit.ops.rounding import storable_row_scale
 
 CODE_BITS, SCALE_BITS = 8, 16
 
@@ -51,9 +51,7 @@ class Int8Dynamic(Projection):
     @classmethod
     def from_dense(cls, weight: Float[Tensor, "out in"], spec: Int8DynamicSpec, dtype: torch.dtype) -> Int8Dynamic:
         """The nearest codes at the scales that are stored; ``dtype`` plays no part."""
-        rows, columns = weight.shape
-        largest = weight.abs().amax(1).double() if columns else weight.new_zeros(rows).double()
-        scale = storable_scale(torch.where(largest > 0, largest / LARGEST, 1.0))
+        scale = storable_row_scale(weight, LARGEST)
         return cls(round_rows(weight, scale.float()[:, None])[0], scale.view(torch.int16))
 
     @classmethod
