@@ -31,6 +31,19 @@ def visiting(model: PreTrainedModel, blocks: Sequence[Block], device: torch.devi
             parameter.data = parameter.data.to(homes.get(name, default))
 
 
+@contextmanager
+def moved_to(device: torch.device, models: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep whole models on a device; each goes home, to where its first parameter was, at the end."""
+    homes = [next(model.parameters()).device for model in models]
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
+
+
 def move_outside_blocks(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
     """Move everything that is not inside one of the blocks (embeddings, norms, head) to a device."""
     inside = {id(module) for block in blocks for module in model.get_submodule(block.path).modules()}

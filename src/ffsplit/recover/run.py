@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ffsplit.calibrate.devices import moved_to
 from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import RecipeError
 from ffsplit.ffn.spec import SumSpec
@@ -106,17 +107,9 @@ def recover_model(
         "precision": precision_of(config, device),
     }
     store = None if folder is None else Store(folder, parts, group.first)
-    homes = [next(model.parameters()).device for model in (student, teacher) if model is not None]
     scene = Scene(student, teacher, text, config, store, group, progress, dense)
-    try:
-        for model in (student, teacher):
-            if model is not None:
-                model.to(device)
+    with moved_to(device, [student] if teacher is None else [student, teacher]):
         notes = [_stage(scene, stage) for stage in config.stages]
-    finally:
-        for model, home in zip((student, teacher), homes, strict=False):
-            if model is not None:
-                model.to(home)
     return {"recipe": config.model_dump(mode="json"), "text": _text_record(windows), "stages": notes}
 
 
