@@ -11,6 +11,10 @@ from typing import Any
 
 from ffsplit.errors import ResumeError
 
+JOURNAL, RECOVERY = "journal.json", "recovery.json"
+IDENTITIES = (JOURNAL, RECOVERY)
+"""Names of the files that say whose directory it is, and hold no work."""
+
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ffsplit.errors import ModelError
 from tests.unit.cli_fixtures import Call
 
 FAST = ("--steps", "3", "--seq-len", "32", "--batch-size", "4", "--device", "cpu", "--lr", "1e-4")
@@ -58,6 +59,18 @@ def test_bad_input_is_refused(options: tuple[str, ...], message: str, pruned: Pa
     done = cli("recover", pruned, "--out", untouched, "--device", "cpu", *options)
     assert done.code == 2
     assert message in done.err
+
+
+def test_a_refusal_after_the_folder_was_taken_leaves_no_journal(
+    llama: Path, pruned: Path, cli: Call, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise ModelError("no such stage")
+
+    monkeypatch.setattr("ffsplit.recover.run._stage", refuse)
+    done = cli("recover", pruned, "--teacher", llama, "--out", untouched, *FAST)
+    assert done.code == 2
+    assert "no such stage" in done.err
 
 
 @pytest.mark.parametrize("kind", ["llama", "pruned"])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ffsplit.cli.console import say
+from ffsplit.files import IDENTITIES
 
 
 @contextmanager
@@ -32,5 +33,5 @@ def _finished(journal: Path) -> int:
 
 
 def _worth_keeping(journal: Path) -> bool:
-    """Whether there is anything but the identity of a run: finished FFNs, or a planner's measurements."""
-    return any(file.is_file() and file.name != "journal.json" for file in journal.rglob("*"))
+    """Whether there is anything but the identities of runs: finished FFNs, a training, a planner's measurements."""
+    return any(file.is_file() and file.name not in IDENTITIES for file in journal.rglob("*"))

@@ -16,9 +16,7 @@ from torch import nn
 from ffsplit.errors import ResumeError
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.files import claim_directory, read_json, whole_file, write_whole
-
-_IDENTITY = "journal.json"
+from ffsplit.files import JOURNAL, claim_directory, read_json, whole_file, write_whole
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -44,7 +42,7 @@ class Journal:
 
     def __init__(self, directory: str | Path, identity: dict[str, Any]) -> None:
         self.directory = Path(directory)
-        claim_directory(self.directory / _IDENTITY, json.loads(json.dumps(identity, default=str)), "run")
+        claim_directory(self.directory / JOURNAL, json.loads(json.dumps(identity, default=str)), "run")
 
     def _file(self, index: int) -> Path:
         return self.directory / f"ffn-{index:04d}.safetensors"

@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit.errors import ResumeError
-from ffsplit.files import claim_directory, whole_file
-
-_IDENTITY = "recovery.json"
+from ffsplit.files import RECOVERY, claim_directory, whole_file
 
 
 class Store:
@@ -34,7 +32,7 @@ class Store:
     def __init__(self, directory: Path, parts: dict[str, Any], writes: bool = True) -> None:
         self.directory, self.writes = directory, writes
         self.identity = hashlib.sha256(json.dumps(parts, sort_keys=True, indent=1).encode()).hexdigest()
-        claim_directory(directory / _IDENTITY, parts, "recovery", writes=writes)
+        claim_directory(directory / RECOVERY, parts, "recovery", writes=writes)
 
     def state(self, name: str) -> Path:
         """The file for the state of a training under way."""
