@@ -454,11 +454,36 @@ def test_half_precision_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"stpes": 4}, "stpes"),
         ({"labels": 2}, "labels"),
         ({"guide": 0.5, "minutes": 1}, "give steps alone"),
+        *(({name: float("inf")}, name) for name in ("hidden", "temperature", "minutes", "clip", "weight_decay", "lr")),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recovery_of(values)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": 4}, "no dense matrices"),
+        ({"low_bit": "frozen"}, "nothing can be trained"),
+        ({"stages": "blocks,model", "low_bit": "frozen"}, "nothing can be trained"),
+    ],
+)
+def test_a_model_with_nothing_to_train_takes_no_folder(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    dense = strong("llama")
+    student = compressed(dense, {"method": {"method": "quantize", "bits": 5, "rounding": "rtn", "group": 8}})
+    with pytest.raises(RecipeError, match=message):
+        recover_model(student, dense, WINDOWS, settings(**fields), device=CPU, folder=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_rank_above_that_of_every_matrix_is_refused() -> None:
+    dense = strong("llama")
+    student = pruned(dense)  # matrices of 40 and 32
+    with pytest.raises(RecipeError, match=r"lora=33: .* above 32"):
+        recovered(student, dense, lora=33)
+    assert recovered(student, dense, lora=32, steps=1)["steps"] == 1
 
 
 def test_too_little_text_is_refused() -> None:
@@ -467,12 +492,13 @@ def test_too_little_text_is_refused() -> None:
         recover_model(pruned(dense), dense, TokenWindows.from_ids(IDS[:1]), settings(), device=CPU)
 
 
-def test_a_teacher_with_another_vocabulary_is_refused() -> None:
+def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     dense = strong("llama")
     other = tiny("llama")
     other.resize_token_embeddings(111)
     with pytest.raises(DataError, match="cannot distil"):
-        recovered(pruned(dense), other)
+        recover_model(pruned(dense), other, WINDOWS, settings(), device=CPU, folder=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
     with pytest.raises(RecipeError, match="give the teacher"):
         recovered(pruned(dense), None, stages=("blocks",))
 

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffsplit.ffn.projections import Packed
 from ffsplit.recover.config import LR, Recovery
 from ffsplit.recover.layers import Layer
-from ffsplit.recover.weights import branch_parameters
-from ffsplit.recover.whole import notes_of, prepared, settings_of
+from ffsplit.recover.whole import has_trainables, notes_of, prepared, settings_of
 from ffsplit.recover.workers import Workers
 from ffsplit.train.loop import Hooks, train
 
@@ -38,7 +36,7 @@ def distil_layer(
     local = config.model_copy(update={"lora": None, "train": "ffn"})
 
     def work(layer: Layer) -> dict[str, Any] | None:
-        if not _trainable(layer, local):
+        if not has_trainables(layer.module, local):
             return None
         with prepared(layer.module, local):
             settings = settings_of(local, layer.inputs.device, config.lr or LR["blocks"], config.steps)
@@ -54,11 +52,6 @@ def distil_layer(
         return {"ffn": layer.name, **notes_of(standing)}
 
     return work
-
-
-def _trainable(layer: Layer, config: Recovery) -> bool:
-    packed = config.low_bit != "frozen" and any(isinstance(module, Packed) for module in layer.module.modules())
-    return packed or bool(branch_parameters(layer.module))
 
 
 def _batch_of(layer: Layer, config: Recovery) -> Callable[[int], Tensor]:

@@ -54,7 +54,7 @@ class Recovery(BaseModel):
         seed: of everything random.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     stages: tuple[Stage, ...] = ("model",)
     keep: float | None = Field(None, gt=0, le=1)

@@ -36,17 +36,12 @@ def adapted(model: nn.Module, rank: int, seed: int) -> Iterator[dict[str, nn.Par
     Gives the adapters' parameters by name.
 
     Raises:
-        RecipeError: there is no dense matrix, FFNs share theirs, or PEFT is not installed.
+        RecipeError: as :func:`adaptable`, or PEFT is not installed.
 
     Reference: Hu et al., LoRA, arXiv 2106.09685.
     """
     peft = require_peft()
-    places = _dense_places(model)
-    if not places:
-        raise RecipeError("lora: the compressed FFNs have no dense matrices to adapt; leave lora out")
-    if any(isinstance(module, Tied) for module in model.modules()):
-        # What is tied reads its owner's matrix, beside which it would not see the adapter while it is trained.
-        raise RecipeError("lora: some of the compressed FFNs share their matrices; leave lora out")
+    places = adaptable(model, rank)
     stored = {path: model.get_submodule(path) for path in places}
     for path, projection in stored.items():
         model.set_submodule(path, _as_linear(projection))
@@ -61,6 +56,24 @@ def adapted(model: nn.Module, rank: int, seed: int) -> Iterator[dict[str, nn.Par
         for path, projection in stored.items():
             projection.weight.data = model.get_submodule(path).weight.data
             model.set_submodule(path, projection)
+
+
+def adaptable(model: nn.Module, rank: int) -> list[str]:
+    """The paths of the dense matrices of the compressed FFNs, which get adapters of this rank.
+
+    Raises:
+        RecipeError: there is none, FFNs share theirs, or none of them has this rank.
+    """
+    places = _dense_places(model)
+    if not places:
+        raise RecipeError("lora: the compressed FFNs have no dense matrices to adapt; leave lora out")
+    if any(isinstance(module, Tied) for module in model.modules()):
+        # What is tied reads its owner's matrix, beside which it would not see the adapter while it is trained.
+        raise RecipeError("lora: some of the compressed FFNs share their matrices; leave lora out")
+    largest = max(min(model.get_parameter(f"{path}.weight").shape) for path in places)
+    if rank > largest:
+        raise RecipeError(f"lora={rank}: no matrix to adapt has a rank above {largest}, the largest allowed")
+    return places
 
 
 def _dense_places(model: nn.Module) -> list[str]:

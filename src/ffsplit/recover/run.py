@@ -15,17 +15,19 @@ from transformers import PreTrainedModel
 from ffsplit.calibrate.devices import moved_to
 from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import RecipeError
+from ffsplit.families.forward import evaluating
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.provenance import hash_model
 from ffsplit.recover.blocks import distil_layer
 from ffsplit.recover.config import Recovery, Stage
+from ffsplit.recover.distillation import Distillation
 from ffsplit.recover.layers import Tour, Work, summary
 from ffsplit.recover.lora import require_peft
 from ffsplit.recover.refit import refit_layer
 from ffsplit.recover.store import Store
 from ffsplit.recover.text import Text, recovery_text
 from ffsplit.recover.weights import as_sums, same_structure, sums_of
-from ffsplit.recover.whole import distil_model, precision_of
+from ffsplit.recover.whole import check_trainable, distil_model, precision_of
 from ffsplit.recover.workers import Workers, workers
 from ffsplit.train.masked import keep_neurons
 from ffsplit.train.movement import budgets_for
@@ -106,9 +108,10 @@ def recover_model(
         "processes": group.count,
         "precision": precision_of(config, device),
     }
-    store = None if folder is None else Store(folder, parts, group.first)
-    scene = Scene(student, teacher, text, config, store, group, progress, dense)
     with moved_to(device, [student] if teacher is None else [student, teacher]):
+        _check_training(student, teacher, text, config)
+        store = None if folder is None else Store(folder, parts, group.first)
+        scene = Scene(student, teacher, text, config, store, group, progress, dense)
         notes = [_stage(scene, stage) for stage in config.stages]
     return {"recipe": config.model_dump(mode="json"), "text": _text_record(windows), "stages": notes}
 
@@ -155,6 +158,20 @@ def check_masks(config: Recovery, specs: Mapping[str, SumSpec], dense: int | Non
     if "masks" in config.stages:
         config.movement.window(config.steps)
         budgets_for(specs, config.movement, dense)
+
+
+def _check_training(student: PreTrainedModel, teacher: PreTrainedModel | None, text: Text, config: Recovery) -> None:
+    """Refuse models that the stages ``model`` and ``masks`` could not train, before a folder is taken.
+
+    Raises:
+        RecipeError: nothing can be trained.
+        DataError: the two models' answers cannot be compared.
+        ModelError: there is no teacher, and the student answers nothing that text could judge.
+    """
+    if "model" in config.stages or "masks" in config.stages:
+        check_trainable(student, config)
+        with evaluating(student, *([] if teacher is None else [teacher])):
+            Distillation(student, teacher, config, text.batch(0))
 
 
 def _stage(scene: Scene, stage: Stage) -> dict[str, Any]:

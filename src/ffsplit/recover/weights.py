@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ffsplit.errors import ModelError, RecipeError
+from ffsplit.errors import ModelError
 from ffsplit.families import find_ffns, read, replace
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN, dense_branch
@@ -72,16 +72,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_only(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients for the chosen parameters and no others; afterwards for none.
-
-    Raises:
-        RecipeError: none is chosen.
-    """
-    if not chosen:
-        raise RecipeError(
-            "nothing can be trained: the compressed FFNs hold no floating-point weights; try low_bit=scales or "
-            "train=all"
-        )
+    """Gradients for the chosen parameters and no others; afterwards for none."""
     model.requires_grad_(False)
     for parameter in chosen.values():
         parameter.requires_grad_(True)

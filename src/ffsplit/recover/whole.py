@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ffsplit.errors import RecipeError
 from ffsplit.families.forward import evaluating, without_cache
+from ffsplit.ffn.projections import Packed
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
 from ffsplit.recover.guide import Guide, guided
-from ffsplit.recover.lora import adapted
+from ffsplit.recover.lora import adaptable, adapted
 from ffsplit.recover.packed import trained_packed
 from ffsplit.recover.text import Sample, Text
 from ffsplit.recover.weights import all_parameters, branch_parameters, in_float32, sums_of, training_only
@@ -118,9 +120,35 @@ def _guiding(guide: Guide, text: Text, config: Recovery) -> Callable[[int], Samp
     return batch
 
 
+def has_trainables(module: nn.Module, config: Recovery) -> bool:
+    """Whether the compressed FFNs in a module hold anything to train without adapters."""
+    packed = config.low_bit != "frozen" and any(isinstance(inside, Packed) for inside in module.modules())
+    return packed or bool(branch_parameters(module))
+
+
+def check_trainable(student: nn.Module, config: Recovery) -> None:
+    """Refuse a student that has nothing of what the configuration trains.
+
+    Raises:
+        RecipeError: it has none, or no matrix that could take adapters of that rank.
+    """
+    if config.lora is not None:
+        adaptable(student, config.lora)
+    elif config.train == "ffn" and not has_trainables(student, config):
+        raise RecipeError(
+            "nothing can be trained: the compressed FFNs hold no floating-point weights; try low_bit=scales or "
+            "train=all"
+        )
+
+
 @contextmanager
 def prepared(student: nn.Module, config: Recovery) -> Iterator[dict[str, nn.Parameter]]:
-    """Float32 masters, factors of scales, adapters: whatever the configuration trains; put back in order afterwards."""
+    """Float32 masters, factors of scales, adapters: whatever the configuration trains; put back in order afterwards.
+
+    Raises:
+        RecipeError: as :func:`check_trainable`.
+    """
+    check_trainable(student, config)
     with ExitStack() as stack:
         stack.enter_context(in_float32(student))
         if config.low_bit != "frozen" and config.lora is None:
