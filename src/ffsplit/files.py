@@ -46,6 +46,14 @@ def read_json(file: Path, cure: str) -> Any:
         raise ResumeError(f"{file} is damaged ({error}); {cure}") from error
 
 
+def read_object(file: Path, cure: str) -> dict[str, Any]:
+    """As :func:`read_json`, of a file that holds one JSON object."""
+    stored = read_json(file, cure)
+    if not isinstance(stored, dict):
+        raise ResumeError(f"{file} is damaged (it holds a {type(stored).__name__}, not an object); {cure}")
+    return stored
+
+
 def claim_directory(file: Path, identity: dict[str, Any], run: str, *, writes: bool = True) -> None:
     """Take the directory of a file for a run, or go on with the same run in it.
 

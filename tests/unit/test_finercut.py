@@ -121,8 +121,9 @@ def test_a_measurement_is_taken_for_no_other(tmp_path: Path) -> None:
     assert counting.calls == 4 + 4 * 2  # the sets {0, 2}, then {0, 1} and {0, 3}
 
 
-def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_ledger_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
     with pytest.raises(ResumeError, match=r"a\.json is damaged"):
         Ledger(tmp_path / "a.json")
 

@@ -24,13 +24,13 @@ from ffsplit.tasks.encode import encode
 from ffsplit.tasks.examples import TaskData, read_task
 from ffsplit.tasks.finetune import TuneSettings, fine_tune, predict, scores
 from ffsplit.tasks.parts import find_parts
-from ffsplit.tasks.run import GlueJob, claim, run_glue
+from ffsplit.tasks.run import GlueJob, claim, claimed, run_glue
 from ffsplit.tasks.task import task_of
 from ffsplit.train.loop import Hooks
 from ffsplit.train.movement import Movement
 from ffsplit.train.state import Standing
 from tests.unit.cli_fixtures import Call, cli, saved  # noqa: F401 - a fixture
-from tests.unit.evaluate_helpers import byte_tokenizer, tiny_bert
+from tests.unit.evaluate_helpers import build, byte_tokenizer, tiny_bert
 
 TUNE = TuneSettings(epochs=3, lr=3e-3, batch_size=16, hidden=0.5)
 
@@ -304,10 +304,49 @@ def test_a_model_without_tokenizer_is_refused_before_a_directory_is_taken(folder
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_record_is_named(folder: Path, encoder: Path, tmp_path: Path) -> None:
-    (tmp_path / "ffsplit_glue.json").write_text('{"model": ')
+@pytest.mark.parametrize("content", ['{"model": ', "[]"])
+def test_a_damaged_record_is_named(folder: Path, encoder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "ffsplit_glue.json").write_text(content)
     with pytest.raises(ResumeError, match="damaged"):
         run_glue(job(folder, encoder, tmp_path))
+    assert (tmp_path / "ffsplit_glue.json").read_text() == content
+
+
+@pytest.mark.parametrize("names", [{}, {"pad_token": None, "eos_token": "<sep>"}])
+def test_a_decoder_without_a_padding_token_gets_that_of_its_tokenizer(
+    folder: Path, tmp_path: Path, names: dict[str, str | None]
+) -> None:
+    tokenizer = byte_tokenizer()
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(saved(build("AutoModel", "LlamaConfig"), tmp_path / "llama", tokenizer=False))
+    small = {"dense": replace(TUNE, epochs=0.1), "recovery": replace(TUNE, epochs=0.1)}
+    report = run_glue(replace(job(folder, tmp_path / "llama", tmp_path / "out"), **small))  # type: ignore[arg-type]
+    assert set(report["summary"]) == {"dense", "compressed", "recovered"}
+    config = json.loads((tmp_path / "out" / "seed-0" / "recovered" / "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.convert_tokens_to_ids("<sep>" if names else "<pad>")
+
+
+def test_a_run_that_began_no_phase_leaves_its_directory_free(folder: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(saved(build("AutoModel", "LlamaConfig"), tmp_path / "llama", tokenizer=False))
+    with pytest.raises(FFSplitError, match="padding token"):
+        run_glue(job(folder, tmp_path / "llama", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_continuation_keeps_its_record(tmp_path: Path) -> None:
+    claim(tmp_path, {"model": "one"})
+    with pytest.raises(KeyError), claimed(tmp_path, {"model": "one"}):
+        raise KeyError
+    assert (tmp_path / "ffsplit_glue.json").is_file()
+
+
+def test_a_student_that_is_not_compressed_is_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not less than"):
+        run_glue(job(folder, encoder, tmp_path / "out", way=open_source(str(encoder))))
+    assert not (tmp_path / "out").exists()
 
 
 def test_masks_are_learned_while_a_classifier_is_fine_tuned(folder: Path, encoder: Path, tmp_path: Path) -> None:

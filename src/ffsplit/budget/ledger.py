@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ffsplit.files import read_json, write_whole
+from ffsplit.files import read_object, write_whole
 
 
 class Ledger:
@@ -22,7 +22,7 @@ class Ledger:
         self._file = file
         self._values: dict[str, float] = {}
         if file is not None and file.exists():
-            self._values = read_json(file, "remove it to measure again")
+            self._values = read_object(file, "remove it to measure again")
 
     def get(self, key: str) -> float | None:
         """The number under a key, or None."""

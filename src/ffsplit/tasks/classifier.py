@@ -15,10 +15,11 @@ from ffsplit.tasks.examples import TaskData
 _CALIBRATION_BATCH = 256
 
 
-def load_classifier(source: Source, data: TaskData, seed: int) -> PreTrainedModel:
+def load_classifier(source: Source, data: TaskData, seed: int, padding: int | None = None) -> PreTrainedModel:
     """The model's body with a head for the task, in float32, on the CPU, in eval mode.
 
-    A head of the right size that the checkpoint has is kept; any other is new, drawn from ``seed``.
+    A head of the right size that the checkpoint has is kept; any other is new, drawn from ``seed``. A configuration
+    without a padding token gets ``padding``: decoders need it to find the last token of a text.
 
     Raises:
         ModelError: transformers has no classifier of this kind of model, or weights of the body are missing
@@ -41,7 +42,14 @@ def load_classifier(source: Source, data: TaskData, seed: int) -> PreTrainedMode
         raise ModelError(f"{source.name}: no classifier can be loaded from it: {first_line(error)}") from error
     refuse_missing(source.name, model, info["missing_keys"])
     refuse_mismatched(source.name, model, info["mismatched_keys"])
+    if padding_of(model) is None:
+        model.config.get_text_config().pad_token_id = padding
     return model.eval()  # type: ignore[no-any-return]
+
+
+def padding_of(model: PreTrainedModel) -> int | None:
+    """The padding token of a model's configuration, if it has one."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
 
 
 def calibration_batches(data: Encoded, samples: int) -> list[dict[str, Tensor]]:

@@ -53,6 +53,12 @@ class Encoded:
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer without a padding token pad with its end of text, as is usual for decoders."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Encoded:
     """Tokenise all examples, cut at ``seq_len`` tokens.
 

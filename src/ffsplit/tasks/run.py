@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from ffsplit.checkpoint.save import publish, save, staged
 from ffsplit.errors import DataError, ResumeError
 from ffsplit.evaluate.size import size_of
 from ffsplit.families import find_ffns
-from ffsplit.files import write_whole
+from ffsplit.files import read_object, write_whole
 from ffsplit.pipeline.compress import check_plan, compress, refuse_compressed, shapes_of
 from ffsplit.pipeline.job import budget_of, linear_parameters
 from ffsplit.pipeline.load import Source
@@ -35,7 +36,7 @@ from ffsplit.plain import plain
 from ffsplit.provenance import hash_model, provenance
 from ffsplit.recover.weights import specs_of
 from ffsplit.tasks.classifier import calibration_batches, load_classifier
-from ffsplit.tasks.encode import Encoded, encode
+from ffsplit.tasks.encode import Encoded, encode, give_padding
 from ffsplit.tasks.examples import TaskData
 from ffsplit.tasks.finetune import TuneSettings, fine_tune, scores, steps_of
 from ffsplit.tasks.student import check_student, load_student
@@ -130,10 +131,11 @@ def run_glue(job: GlueJob) -> dict[str, Any]:
     tokenizer = job.source.tokenizer()
     if tokenizer is None:
         raise DataError(f"{job.source.name}: has no tokenizer, which the task's texts need")
-    claim(job.out, job.identity())
+    give_padding(tokenizer)
     parts = {"train": job.data.train, "select": job.data.select, "report": job.data.report}
-    encoded = {name: encode(part, tokenizer, job.seq_len).to(job.device) for name, part in parts.items()}
-    results = {seed: _Seed(job, seed, encoded, tokenizer).run() for seed in job.seeds}
+    with claimed(job.out, job.identity()):
+        encoded = {name: encode(part, tokenizer, job.seq_len).to(job.device) for name, part in parts.items()}
+        results = {seed: _Seed(job, seed, encoded, tokenizer).run() for seed in job.seeds}
     report = {
         **job.identity(),
         "seeds": {str(seed): result for seed, result in results.items()},
@@ -144,18 +146,30 @@ def run_glue(job: GlueJob) -> dict[str, Any]:
     return report
 
 
+@contextmanager
+def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """:func:`claim` a directory, which is free again after an error before the first phase left anything."""
+    new = not (out / RUN_FILE).is_file()
+    claim(out, identity)
+    try:
+        yield
+    except BaseException:
+        if new and not any(out.glob("seed-*")):
+            (out / RUN_FILE).unlink()
+            if not any(out.iterdir()):
+                out.rmdir()
+        raise
+
+
 def claim(out: Path, identity: dict[str, Any]) -> None:
     """Take a directory for a run, or go on with the same one in it.
 
     Raises:
-        ResumeError: it holds another run; the message names the first setting that differs.
+        ResumeError: it holds another run, whose first setting that differs is named, or a damaged record.
     """
     file = out / RUN_FILE
     if file.is_file():
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ResumeError(f"{file}: damaged ({error}); remove it, or choose another --out") from error
+        stored = read_object(file, "remove it, or choose another --out")
         for name, value in identity.items():
             if stored.get(name) != value:
                 raise ResumeError(
@@ -193,7 +207,7 @@ def _check_model(job: GlueJob) -> None:
         everything = load_recipe(ALL_NEURONS).methods_for(len(shapes))
         budgets_for({ffn.name: ffn.spec for ffn in make_plan(found.sites, shapes, everything).ffns}, job.way)
     else:
-        check_student(job.way, job.source)
+        check_student(job.way, job.source, sum(shape.parameters for shape in shapes))
 
 
 @dataclass
@@ -221,8 +235,7 @@ class _Seed:
         """The phase's record; what is there already is not made again."""
         target, note = self.folder / phase, self.folder / f"{phase}.json"
         if target.is_dir() and note.is_file():
-            stored: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-            return stored
+            return read_object(note, "remove it to measure again")
         facts = {} if target.is_dir() else make(target)
         model = self._load(phase)
         facts |= {
@@ -242,8 +255,8 @@ class _Seed:
         return model.to(self.job.device).eval()  # type: ignore[no-any-return]
 
     def _make_dense(self, target: Path) -> dict[str, Any]:
-        model = load_classifier(self.job.source, self.job.data, self.seed).to(self.job.device)
-        facts = self._tune("dense", model, self.job.dense, None)
+        model = load_classifier(self.job.source, self.job.data, self.seed, self.tokenizer.pad_token_id)
+        facts = self._tune("dense", model.to(self.job.device), self.job.dense, None)
         self._write(model, target, None)
         return facts
 

@@ -7,19 +7,26 @@ import copy
 from transformers import PreTrainedModel
 
 from ffsplit.errors import ModelError
+from ffsplit.families import find_ffns
+from ffsplit.pipeline.compress import shapes_of
 from ffsplit.pipeline.load import Source
-from ffsplit.tasks.classifier import load_classifier
+from ffsplit.tasks.classifier import load_classifier, padding_of
 from ffsplit.tasks.examples import TaskData
 
 SHARED = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 """Settings in which a compressed checkpoint must equal its dense model."""
 
 
-def check_student(student: Source, dense: Source) -> None:
+def check_student(student: Source, dense: Source, parameters: int) -> None:
     """Refuse a checkpoint that cannot stand in for the dense encoder.
 
+    Args:
+        student: the checkpoint.
+        dense: the dense encoder.
+        parameters: of the dense encoder's FFNs.
+
     Raises:
-        ModelError: it is of another kind or size.
+        ModelError: it is of another kind or size, or is not compressed.
     """
     for name in SHARED:
         theirs, ours = (getattr(source.config, name, None) for source in (dense, student))
@@ -27,6 +34,15 @@ def check_student(student: Source, dense: Source) -> None:
             raise ModelError(
                 f"{student.name} is no compressed form of {dense.name}: its {name} is {ours}, not {theirs}"
             )
+    if getattr(student.config, "quantization_config", None) is not None:
+        return  # stored in a compressed form, of which plain transformers builds no skeleton
+    skeleton = student.skeleton()
+    own = sum(shape.parameters for shape in shapes_of(skeleton, find_ffns(skeleton)))
+    if own >= parameters:
+        raise ModelError(
+            f"{student.name} is no compressed form of {dense.name}: its FFNs have {own:,} parameters, which is "
+            f"not less than {parameters:,}"
+        )
 
 
 def load_student(student: Source, data: TaskData, dense: PreTrainedModel) -> PreTrainedModel:
@@ -40,7 +56,7 @@ def load_student(student: Source, data: TaskData, dense: PreTrainedModel) -> Pre
     Raises:
         ModelError: the checkpoint lacks weights, or the head does not fit.
     """
-    model = load_classifier(student, data, seed=0)
+    model = load_classifier(student, data, seed=0, padding=padding_of(dense))
     body = model.base_model_prefix
     for name, module in dense.named_children():
         if name != body:
