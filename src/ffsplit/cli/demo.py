@@ -107,13 +107,20 @@ def find_model() -> str:
 
 
 def run(place: str, out: Path, settings: loading.Settings, how: dict[str, Any], report: Report) -> Demo:
-    """Compress, save, load from disk, evaluate beside the dense model, and ask both a question."""
+    """Compress, save, load from disk, evaluate beside the dense model, and ask both a question.
+
+    Raises:
+        ModelError: the model does not continue texts.
+    """
+    from ffsplit.calibrate.batches import is_causal
     from ffsplit.checkpoint.save import save
     from ffsplit.evaluate.evaluate import evaluate
     from ffsplit.pipeline.compress import compress
 
     started = time.perf_counter()
     source = loading.source(place)
+    if not is_causal(source.skeleton()):
+        raise ModelError(f"{place}: is no causal language model, which the demo needs to have its question answered")
     dense, tokenizer = settings.load(source), source.tokenizer()
     say(f"compressing on {how['samples']} windows of {how['seq_len']} tokens")
     result = compress(copy.deepcopy(dense), tokenizer, **how, device=settings.device, progress=report)
