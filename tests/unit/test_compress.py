@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 import ffsplit
 from ffsplit.calibrate.replay import BlockReplay
-from ffsplit.errors import DataError, ModelError
+from ffsplit.devices import default_device
+from ffsplit.errors import DataError, ModelError, RecipeError
 from ffsplit.families import read
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.pipeline.compress import default_device
 from ffsplit.pipeline.fit import cache_home
 from ffsplit.pipeline.recipe import Recipe
 from tests.tiny import tiny
@@ -334,6 +334,19 @@ def test_a_model_by_name(tmp_path: Path) -> None:
     assert same_weights(by_name.model, ffsplit.compress(loaded, **options).model)
     assert by_name.tokenizer is not None
     assert ffsplit.compress(str(tmp_path), dtype=torch.bfloat16, **options).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_an_unknown_device_is_refused(device: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"device '{device}': not a.*this machine has cpu"):
+        run("llama", device=device)
+    with pytest.raises(RecipeError, match=f"device '{device}'"):
+        ffsplit.recover_checkpoint(tmp_path, device=device)
+
+
+def test_a_number_is_no_text() -> None:
+    with pytest.raises(DataError, match="text is a int; it must be"):
+        run("llama", calibration=3)
 
 
 def test_a_compressed_model_is_refused() -> None:

@@ -216,6 +216,13 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
         load_texts(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["builtin", "{folder}", "{folder}/a.txt"])
+def test_a_field_of_plain_text_is_refused(source: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "some text")
+    with pytest.raises(DataError, match=r"field 'body': source .* has no fields"):
+        load_texts(source.format(folder=tmp_path), field="body")
+
+
 @pytest.mark.parametrize("source", ["", "one line\nand another", "x" * 5000])
 def test_text_in_place_of_a_source_is_refused(source: str) -> None:
     with pytest.raises(DataError, match="pass a list of it"):

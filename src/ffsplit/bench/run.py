@@ -21,9 +21,9 @@ from ffsplit.bench.roofline import measure_roofline
 from ffsplit.bench.subject import Subject, check_same_shapes, open_subject
 from ffsplit.bench.verdict import model_verdict
 from ffsplit.bench.whole import MOST_SEQUENCES, NEW_TOKENS, PROMPT, PhaseTiming, decodes, time_decode, time_prefill
+from ffsplit.devices import device_of
 from ffsplit.errors import DataError
 from ffsplit.evaluate.size import size_of
-from ffsplit.pipeline.compress import default_device
 from ffsplit.provenance import provenance
 from ffsplit.timing import Clock
 
@@ -68,7 +68,7 @@ def bench(
     subject, dense = _sides(model, against)
     counts, notes = token_counts(subject, tokens, ffn_only)
     notes += _notes(subject, dense, ffn_only)
-    place = torch.device(device) if device is not None else default_device()
+    place = device_of(device)
     loaded = load(subject, dense, place, dtype)
     roofline = measure_roofline(place, loaded.model.dtype, clock)
     single = FFNBench(loaded, counts, roofline, rounds, WARMUP, clock, peers)

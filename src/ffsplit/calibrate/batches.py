@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,13 @@ def make_windows(
     """Token windows that fit the model: contiguous text for causal models, one masked document a row for others.
 
     Raises:
-        DataError: no text, too little of it, no tokenizer, or a tokenizer of another model.
+        DataError: no text, too little of it, something else, no tokenizer, or a tokenizer of another model.
     """
     if isinstance(source, Tensor | TokenWindows):
         windows = tokenize_windows(source, None, seq_len=seq_len, samples=samples)
     else:
+        if not isinstance(source, Iterable):
+            raise DataError(f"text is a {type(source).__name__}; it must be a source, a list of texts, or token ids")
         if tokenizer is None:
             raise DataError("text needs a tokenizer; pass one, or pass token ids")
         texts = load_texts(

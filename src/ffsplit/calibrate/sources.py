@@ -106,7 +106,7 @@ def load_texts(
 
     Raises:
         DataError: the source is missing (with the nearest name there is), empty, damaged, not UTF-8, has no such
-            field, or holds no text.
+            field or, being plain text, none at all, or holds no text.
     """
     if isinstance(source, Texts):
         return source
@@ -119,6 +119,7 @@ def load_texts(
     if not isinstance(source, str | Path):
         return _from_list(source, max_characters)
     if source == "builtin":
+        _refuse_field(field, "builtin")
         return _texts(builtin_documents(split), "builtin", split, "paragraph", max_characters)
     return _from_place(source, field, split, max_characters)
 
@@ -138,17 +139,24 @@ def _from_place(source: str | Path, field: str | None, split: Split, max_charact
         raise DataError(f"source {spelt[:60]!r}: not a file, folder or dataset; to pass text itself, pass a list of it")
     path = Path(spelt).expanduser()
     if path.is_dir():
+        _refuse_field(field, spelt)
         return _texts(_read_folder(path), f"{path.resolve().name}/", "all", "line", max_characters)
     if path.exists():
         if data_suffix(path) in RECORD_SUFFIXES:
             documents = read_records(path, field, max_characters)
             return _texts(documents, path.name, "all", "document", None)
+        _refuse_field(field, spelt)
         return _texts([_read_text(path)], path.name, "all", "line", max_characters)
     match = _HUB_ID.fullmatch(spelt)
     if isinstance(source, Path) or match is None or _is_local(spelt, path):
         nowhere = "" if path.parent.is_dir() else f"; the folder {str(path.parent)!r} does not exist either"
         raise DataError(f"source {spelt!r}: no such file or folder{_nearest(path)}{nowhere}")
     return _from_hub(match, field, split, max_characters or HUB_CHARACTERS)
+
+
+def _refuse_field(field: str | None, source: str) -> None:
+    if field is not None:
+        raise DataError(f"field {field!r}: source {source!r} is plain text, which has no fields; leave it out")
 
 
 def _is_local(spelt: str, path: Path) -> bool:

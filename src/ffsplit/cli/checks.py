@@ -182,18 +182,6 @@ def torch_device(name: str | None) -> torch.device:
     Raises:
         RecipeError: it is not spelt like a device, or this machine has no such one.
     """
-    import torch
+    from ffsplit.devices import device_of
 
-    found = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count()
-    available = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{count - 1}"
-    if name is None:
-        return found if found is not None and found.type != "mps" else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"--device {name!r}: not a device; this machine has {available}") from None
-    here = device.type == "cpu" or (found is not None and device.type == found.type and (device.index or 0) < count)
-    if not here:
-        raise RecipeError(f"--device {name!r}: not available; this machine has {available}")
-    return device
+    return device_of(name, "--device")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ffsplit.budget.registry import planners
 from ffsplit.calibrate.batches import Batches, CalibrationInput, is_causal, make_batches
 from ffsplit.calibrate.tokens import max_positions
+from ffsplit.devices import device_of
 from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import (
     AttentionSite,
@@ -138,7 +139,7 @@ def compress(
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model is a {type(model).__name__}; it must be a transformers model, or the name of one")
     source = calibration if calibration is not None else resolved.calibration.source
-    where = torch.device(device) if device is not None else default_device()
+    where = device_of(device)
     with evaluating(model), without_cache(model):
         retrain = _recovery(model, tokenizer, resolved, source, where, journal, progress)
         job = prepare(model, tokenizer, resolved, source, where, progress)
@@ -192,12 +193,6 @@ def _timed_run(
             log = settle_by_planner(job, log, cache_dir, measured)
         fit_all(job, log, cache_dir)
     return time.perf_counter() - started
-
-
-def default_device() -> torch.device:
-    """The accelerator of this machine, or the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None and found.type != "mps" else torch.device("cpu")
 
 
 def load_dense(

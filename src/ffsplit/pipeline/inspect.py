@@ -18,11 +18,12 @@ from ffsplit.calibrate.devices import visiting
 from ffsplit.calibrate.replay import BlockReplay
 from ffsplit.calibrate.statistics import FFNStatistics, collect
 from ffsplit.calibrate.tokens import max_positions
+from ffsplit.devices import default_device
 from ffsplit.errors import CannotRunError, ModelError
 from ffsplit.families import FFNs, FFNSite, find_ffns, read, verify
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.ops.scores import output_norm
-from ffsplit.pipeline.compress import default_device, refuse_compressed
+from ffsplit.pipeline.compress import refuse_compressed
 from ffsplit.pipeline.footprint import Footprint, footprint
 from ffsplit.pipeline.load import Source, open_source
 from ffsplit.pipeline.recipe import Calibration

@@ -10,9 +10,10 @@ import torch
 from ffsplit.budget.auto import AutoConfig
 from ffsplit.budget.survey import survey
 from ffsplit.budget.words import Axis, parse_axis, parse_budget
+from ffsplit.devices import default_device
 from ffsplit.errors import RecipeError
 from ffsplit.families.forward import evaluating, without_cache
-from ffsplit.pipeline.compress import Progress, default_device, load_dense, prepare
+from ffsplit.pipeline.compress import Progress, load_dense, prepare
 from ffsplit.pipeline.decide import _store
 from ffsplit.pipeline.journal import Journal
 from ffsplit.pipeline.recipe import Recipe, load_recipe

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ffsplit.calibrate.tokens import TokenWindows
+from ffsplit.devices import device_of
 from ffsplit.errors import CheckpointError, RecipeError
 from ffsplit.families import find_ffns
 from ffsplit.methods.registry import explain
-from ffsplit.pipeline.compress import Progress, compress, default_device, refuse_compressed
+from ffsplit.pipeline.compress import Progress, compress, refuse_compressed
 from ffsplit.pipeline.job import budget_of, linear_parameters
 from ffsplit.pipeline.load import open_source
 from ffsplit.pipeline.plan import Plan
@@ -66,7 +67,7 @@ def recover(
         FFSplitError: the input cannot work; raised before training wherever that is possible.
     """
     folder = Path(directory)
-    settings = recovery_of(recovery)
+    settings, place = recovery_of(recovery), device_of(device)
     if settings.stages[0] == "masks" and not (folder / PLAN_FILE).is_file():
         return _from_dense(str(directory), teacher, data, settings, device, dtype, journal, progress)
     check_possible(settings, teacher is not None)
@@ -90,7 +91,7 @@ def recover(
         windows,
         settings,
         tokenizer=tokenizer,
-        device=torch.device(device) if device is not None else default_device(),
+        device=place,
         folder=None if journal is None else Path(journal),
         progress=progress,
         dense=plan.dense_parameters,

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from ffsplit.bench.latency import Timing, time_models
 from ffsplit.calibrate.sources import Texts, TextSource, load_texts
 from ffsplit.calibrate.tokens import TokenWindows, max_positions
+from ffsplit.devices import device_of
 from ffsplit.errors import DataError, FFSplitError
 from ffsplit.evaluate.evaluate import Evaluation, data_record, evaluate, evaluation_windows
 from ffsplit.evaluate.kinds import model_kind
 from ffsplit.evaluate.scoring import Progress
-from ffsplit.pipeline.compress import default_device
 from ffsplit.provenance import provenance
 from ffsplit.report.benches import read_benches
 from ffsplit.report.facts import CheckpointFacts, read_facts
@@ -113,7 +113,7 @@ def compare_checkpoints(
     """
     if not dirs:
         raise DataError("nothing to compare: give at least one checkpoint, the dense model first")
-    where = torch.device(device) if device is not None else default_device()
+    where = device_of(device)
     checkpoints = read_facts([str(place) for place in dirs])
     benched = read_benches(checkpoints, benches)
     reference = checkpoints[0].source.load(dtype).to(where)
