@@ -227,6 +227,7 @@ def test_a_full_budget_changes_nothing() -> None:
         (auto(bytes="80 potatoes"), "write a size such as 80MB"),
         (auto(latency="soon"), "share of the dense FFNs' time"),
         (auto(keep=0.5, methods=["prun"]), "did you mean 'prune'"),
+        (auto(keep=0.5, methods=["fused"]), r"unknown method 'fused'.*Known: ((?!fused|shared|unbias)[^(])*\(got"),
         (auto(keep=0.5, metric="cosine"), "metric"),
         (auto(keep=0.004, methods=["prune"]), "smallest reachable keep"),
         (auto(bits=1.0, methods=[MIXED]), r"bits=1.0 is out of reach; the smallest reachable is bits 3\."),

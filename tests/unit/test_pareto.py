@@ -133,7 +133,7 @@ def test_a_budget_that_the_dense_model_meets_leaves_it_as_it_is(cli: Call, llama
     [
         (("--budget", "keep=0.6", "--budget", "bits=3"), ("one kind of budget, not keep and bits",)),
         (("--keep", "0.6"), ("--budget keep=VALUE",)),
-        (("--recipe", "svd"), ("svd needs a budget",)),
+        (("--recipe", "svd"), ("--pareto needs the recipe auto, not svd",)),
         (("--recipe", "quantize"), ("--pareto needs the recipe auto, not quantize",)),
         (("--methods", "prun"), ("did you mean 'prune'",)),
         (("--budget", "keep=0.01", "--methods", "prune"), ("keep=0.01 is out of reach", "smallest reachable")),

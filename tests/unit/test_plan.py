@@ -80,7 +80,14 @@ def test_the_meta_device_is_enough() -> None:
     ("method", "message"),
     [
         ({"method": "prune", "keep": 0.001}, r"fc1: keep leaves no neuron.*smallest reachable keep is 0\.0"),
-        ({"method": "svd", "keep": 0.01}, r"fc1: keep leaves no rank"),
+        (
+            {"method": "svd", "keep": 0.01},
+            r"fc1: keep leaves no rank for matrices of d_ff=80; the smallest reachable keep is [\d.]+$",
+        ),
+        (
+            {"method": "ffsplit", "keep": 0.3, "rest": "svd", "heavy": 20},
+            r"beside 20 dense heavy neurons of d_ff=80.*or lower `heavy`",
+        ),
         ({"method": "quantize", "bits": 1.5}, r"fc1: bits=1\.5 is out of reach.*smallest reachable is"),
         ({"method": "ffsplit", "bits": 1.5}, r"fc1: bits=1\.5 is out of reach"),
         ({"method": "ffsplit", "keep": 0.5, "heavy": 79}, r"fc1: keep=0\.5 leaves nothing for the linear map"),

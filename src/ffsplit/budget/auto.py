@@ -20,7 +20,7 @@ from ffsplit.errors import BudgetError, FFSplitError, RecipeError
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.methods.neurons import GRADIENT_SCORES
-from ffsplit.methods.registry import MethodConfig, get_method, method_config
+from ffsplit.methods.registry import MethodConfig, get_method, lookup, method_config, methods
 
 logger = logging.getLogger(__name__)
 BUDGETS = ("keep", "bits", "bytes", "flops", "latency")
@@ -63,7 +63,7 @@ class AutoConfig(PlannerConfig):
         blocks = [{"method": one} if isinstance(one, str) else one for one in value]
         for block in blocks:
             try:
-                get_method(str(block.get("method")))
+                lookup(str(block.get("method")), methods())
             except FFSplitError as error:
                 raise ValueError(str(error)) from error
         return tuple(blocks)

@@ -98,6 +98,10 @@ def compress(
             checks.check_writable(folder.absolute())
     place, weights = checks.torch_device(device), checks.torch_dtype(dtype)
     asked = {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
+    if pareto and recipe is not None:
+        from ffsplit.pipeline.pareto import check_auto
+
+        check_auto(recipe)
     resolved = recipe_of(
         recipe or ("auto" if pareto else None),
         keep=keep,

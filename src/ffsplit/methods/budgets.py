@@ -189,9 +189,10 @@ def rank_for(shape: FFNShape, heavy: int, parameters: int, align: int = 1) -> in
     rank = fits if fits == whole else fits // align * align
     if rank < 1:
         smallest = (fixed + min(align, max(whole, 1)) * per_rank) / shape.parameters
+        where = f"the rest beside {heavy} dense heavy neurons of" if heavy else "matrices of"
+        hint = " (or lower `heavy`)" if heavy else ""
         raise BudgetError(
-            f"keep leaves no rank for the rest beside {heavy} dense heavy neurons of d_ff={shape.d_ff}; the smallest "
-            f"reachable keep is {smallest:.4f} (or lower `heavy`)"
+            f"keep leaves no rank for {where} d_ff={shape.d_ff}; the smallest reachable keep is {smallest:.4f}{hint}"
         )
     return rank
 

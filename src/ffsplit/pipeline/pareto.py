@@ -16,7 +16,7 @@ from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.pipeline.compress import Progress, load_dense, prepare
 from ffsplit.pipeline.decide import _store
 from ffsplit.pipeline.journal import Journal
-from ffsplit.pipeline.recipe import Recipe, load_recipe
+from ffsplit.pipeline.recipe import Recipe, load_recipe, method_named
 from ffsplit.provenance import provenance
 
 DEFAULT_KIND = "keep"
@@ -68,6 +68,17 @@ def front_of(
     }
 
 
+def check_auto(recipe: str) -> None:
+    """Refuse a recipe that compares no methods, whether or not it has the budget that it needs on its own.
+
+    Raises:
+        RecipeError: its method is another one than `auto`, or there is no such recipe.
+    """
+    name = method_named(recipe)
+    if name not in (None, "auto"):
+        raise RecipeError(f"--pareto needs the recipe auto, not {name}: only it compares methods")
+
+
 def recipe_along(recipe: Recipe, budgets: list[str], *, own: bool) -> tuple[Recipe, Axis]:
     """The recipe and the axis of a front.
 
@@ -77,9 +88,8 @@ def recipe_along(recipe: Recipe, budgets: list[str], *, own: bool) -> tuple[Reci
         own: without any, whether to take the kind of the recipe's own budget; else it is ``keep``.
 
     Raises:
-        RecipeError: another method than `auto`, or budgets that have no front.
+        RecipeError: budgets that have no front.
     """
-    if not isinstance(recipe.method, AutoConfig):
-        raise RecipeError(f"--pareto needs the recipe auto, not {recipe.method.method}: only it compares methods")
+    assert isinstance(recipe.method, AutoConfig)
     axis = parse_axis(budgets or [recipe.method.budget if own else DEFAULT_KIND])
     return load_recipe(recipe, budget=axis.loose), axis

@@ -252,6 +252,17 @@ def load_recipe(
         raise RecipeError(explain(error, Recipe, "recipe")) from error
 
 
+def method_named(recipe: str) -> str | None:
+    """The method that a recipe's name or file leads to, before its values are looked at; None if there is none.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    method = _start(recipe).get("method")
+    found = method.get("method") if isinstance(method, dict) else method
+    return None if found is None else str(found)
+
+
 def _start(recipe: str | Path | dict[str, Any] | Recipe) -> dict[str, Any]:
     """The plain values of a recipe, wherever it comes from."""
     if isinstance(recipe, Recipe):
