@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffsplit.cli.ours import MARK, check_ours
 from ffsplit.errors import CheckpointError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
-MARK = "ffsplit_plan.json"
 NAME_ROOM = 20
 """What is added to the output's name for the journal and for the directory under way."""
 
@@ -68,7 +68,7 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
 
     Args:
         out: the directory to be.
-        overwrite: an earlier output may be replaced; a directory of another kind never is.
+        overwrite: an earlier output may be replaced; a directory of another kind, or with other files in it, never is.
         mark: the file that tells an earlier output from other directories.
 
     Raises:
@@ -87,8 +87,7 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise CheckpointError(f"{out} exists and is not empty; choose another directory, or give --overwrite")
-        if not (out / mark).is_file():
-            raise CheckpointError(f"{out} holds no {mark}, so ffsplit did not write it and will not replace it")
+        check_ours(out, mark)
     check_writable(out.absolute().parent)
 
 

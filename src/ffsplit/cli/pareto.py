@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffsplit.cli.allocation import damage
 from ffsplit.cli.console import print_json, quiet, say
+from ffsplit.cli.ours import FRONT
 from ffsplit.cli.progress import Report, reporting
 from ffsplit.cli.resuming import resumable
 from ffsplit.cli.run import Run
@@ -21,7 +22,6 @@ from ffsplit.plain import plain
 if TYPE_CHECKING:
     from ffsplit.pipeline.recipe import Recipe
 
-FRONT = "pareto.json"
 ROWS = 16
 
 
