@@ -18,10 +18,17 @@ IDENTITIES = (JOURNAL, RECOVERY)
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A sibling to write to, which takes the file's place once the block has ended without an error."""
-    partial = file.with_suffix(".partial")
-    yield partial
-    os.replace(partial, file)
+    """A sibling to write to, which takes the file's place once the block has ended without an error.
+
+    Its name is nobody else's, but the same each time: what a killed process left is written over. After an error it is
+    gone.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, content: str) -> None:

@@ -59,8 +59,8 @@ def test_the_activation_is_not_stored() -> None:
 
 def test_files_that_were_not_finished_do_not_count(tmp_path: Path) -> None:
     journal = Journal(tmp_path, IDENTITY)
-    (tmp_path / "ffn-0000.partial").write_bytes(b"half of it")
-    (tmp_path / "journal.partial").write_bytes(b"{")
+    (tmp_path / ".ffn-0000.safetensors.partial").write_bytes(b"half of it")
+    (tmp_path / ".journal.json.partial").write_bytes(b"{")
     assert (journal.has(0), journal.finished) == (False, 0)
     journal.store(0, random_sum(), {})
     assert Journal(tmp_path, IDENTITY).has(0)

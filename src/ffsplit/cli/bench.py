@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from ffsplit.cli import checks, loading, options
 from ffsplit.cli.console import print_json, quiet
 from ffsplit.cli.progress import reporting
 from ffsplit.errors import RecipeError
+from ffsplit.files import write_whole
 from ffsplit.plain import plain
 
 Against = Annotated[
@@ -28,7 +30,7 @@ Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Measure other s
 File = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Write the JSON here; in DIR as ffsplit_bench.json, compare uses it.",
-                 metavar="FILE", show_default=False),
+                 metavar="FILE|DIR", show_default=False),
 ]  # fmt: skip
 
 
@@ -48,8 +50,7 @@ def bench(
     counts = _counts(tokens)
     for place in (model, *([] if against is None else [against])):
         checks.check_model_name(place)
-    if out is not None:
-        checks.check_writable(out.absolute().parent)
+    file = None if out is None else _file(out)
     settings = loading.settings(device, dtype)
     with quiet(), reporting() as report:
         loading.register()
@@ -67,15 +68,28 @@ def bench(
             progress=report,
         )
     document = found.to_dict()
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(plain(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(plain(document), indent=1, allow_nan=False) + "\n")
     if as_json:
         print_json(document)
         return
     from ffsplit.cli.bench_tables import show_bench
 
     show_bench(found)
+
+
+def _file(out: Path) -> Path:
+    """Where the result goes: the file, or, in a folder that is there, the name that ``ffsplit compare`` looks for.
+
+    Raises:
+        CheckpointError: it cannot be written, or something else is there.
+    """
+    from ffsplit.bench.result import BENCH_FILE, FORMAT
+
+    file = out / BENCH_FILE if os.path.isdir(out) else out
+    checks.check_file(file, f'"{FORMAT}"', "a result of bench")
+    return file.resolve()
 
 
 def _counts(listed: str | None) -> list[int] | None:

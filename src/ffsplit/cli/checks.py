@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 NAME_ROOM = 20
-"""What is added to the output's name for the journal and for the directory under way."""
+"""What is added to the output's name for the journal and for what is under way."""
+
+START = 1024
+"""Bytes of a file in which it says what it is."""
 
 
 def check_budget(
@@ -74,14 +77,7 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
     Raises:
         CheckpointError: it exists and may not be replaced, or its parent cannot be written to.
     """
-    try:
-        place = out.resolve()
-        os.stat(place.with_name(f".{place.name}.{'x' * NAME_ROOM}")) if place.name else None
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # the name itself is possible; where it would lie is looked at below
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{_short(out)}: no directory can be made there: {reason}") from error
+    _check_name(out, "directory")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} exists and is not a directory")
     if out.is_dir() and any(out.iterdir()):
@@ -89,6 +85,45 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
             raise CheckpointError(f"{out} exists and is not empty; choose another directory, or give --overwrite")
         check_ours(out, mark)
     check_writable(out.absolute().parent)
+
+
+def check_file(file: Path, sign: str, kind: str) -> None:
+    """A file can be written, and nothing of value is in its place.
+
+    Args:
+        file: to be.
+        sign: what every earlier one has in its first lines, to tell it from other files.
+        kind: what such a file is, for the message.
+
+    Raises:
+        CheckpointError: another file is there, or its directory cannot be written to.
+    """
+    _check_name(file, "file")
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} exists and is not a file")
+    if file.is_file() and (start := _start(file)) and sign.encode() not in start:
+        raise CheckpointError(f"{file} exists and is not {kind}, so it will not be replaced; choose another name")
+    check_writable(file.resolve().parent)
+
+
+def _start(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stored:
+            return stored.read(START)
+    except OSError as error:
+        raise CheckpointError(f"{file} exists and cannot be read: {error.strerror or error}") from error
+
+
+def _check_name(path: Path, what: str) -> None:
+    """The file system has no objection to a name, with what is added to it while it is written."""
+    try:
+        place = path.resolve()
+        os.stat(place.with_name(f".{place.name}.{'x' * NAME_ROOM}")) if place.name else None
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the name itself is possible; where it would lie is looked at elsewhere
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{_short(path)}: no {what} can be made there: {reason}") from error
 
 
 def _short(path: Path) -> str:

@@ -42,7 +42,9 @@ def compare(
     """Measure checkpoints on the same text and machine: a table, and one HTML page that stands alone."""
     for place in dirs:
         checks.check_model_name(place)
-    checks.check_writable(out.absolute().parent)
+    from ffsplit.report.page import SIGN, page_file
+
+    checks.check_file(page_file(out), SIGN, "an earlier page of compare")
     settings = loading.settings(device, dtype)
     with quiet(), reporting() as report:
         loading.register()

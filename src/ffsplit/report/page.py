@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ffsplit.files import write_whole
 from ffsplit.report.chart import Chart, error_chart, quality_chart
 from ffsplit.report.columns import COLUMNS, MISSING, columns_of
 from ffsplit.report.speed_charts import latency_chart, speed_chart
 
 PAGE_NAME = "compare.html"
+SIGN = '<meta name="generator" content="ffsplit'
+"""By which a page is known, near its beginning."""
+
 WIDE, NARROW = (1040.0, 420.0), (376.0, 320.0)
 
 
@@ -27,10 +32,15 @@ def write_page(comparison: Mapping[str, Any], out: Path) -> Path:
     Returns:
         the file.
     """
-    file = out / PAGE_NAME if out.is_dir() or not out.suffix else out
+    file = page_file(out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(render_page(comparison), encoding="utf-8")
+    write_whole(file.resolve(), render_page(comparison))
     return file
+
+
+def page_file(out: Path) -> Path:
+    """Where the page goes: in a folder, existing or without a suffix, as ``compare.html``."""
+    return out / PAGE_NAME if os.path.isdir(out) or not out.suffix else out
 
 
 def render_page(comparison: Mapping[str, Any]) -> str:
