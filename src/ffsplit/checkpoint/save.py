@@ -125,12 +125,16 @@ def _write(result: CompressionResult, model: PreTrainedModel, kind: Kind, folder
         base = str(getattr(result.model.config, "_name_or_path", "") or "")
         card = model_card(result.report, result.plan, recipe, base, stock=kind == "stock")
         (folder / "README.md").write_text(card, encoding="utf-8")
-        # safetensors files come readable by nobody else, whatever the umask says.
-        mode = (folder / "README.md").stat().st_mode
-        for file in folder.glob("*.safetensors"):
-            file.chmod(mode)
+        share_tensors(folder, like="README.md")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder.parent}: the checkpoint could not be written: {error}") from error
+
+
+def share_tensors(folder: Path, like: str) -> None:
+    """Safetensors files come readable by nobody else, whatever the umask says: give them another file's permissions."""
+    mode = (folder / like).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _refuse_small_disk(model: PreTrainedModel, parent: Path) -> None:
