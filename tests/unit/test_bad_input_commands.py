@@ -89,6 +89,15 @@ def test_decompress_into_something(cli: Call, compressed: Path, llama: Path) -> 
     assert sorted(file.name for file in llama.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", [("decompress",), ("slice", "--width", "0.5"), ("export", "--to", "onnx")])
+def test_no_advice_to_give_an_option_that_is_not_there(
+    cli: Call, compressed: Path, llama: Path, command: tuple[str, ...]
+) -> None:
+    outcome = cli(*command, compressed, "--out", llama)
+    check_refused(outcome, "exists and is not empty; choose another directory")
+    assert "--overwrite" not in outcome.err
+
+
 def test_compare_with_a_missing_directory(cli: Call, llama: Path, tmp_path: Path) -> None:
     check_refused(cli("compare", llama, tmp_path / "none", "--out", tmp_path / "page.html"), "no such file or folder")
     assert not (tmp_path / "page.html").exists()

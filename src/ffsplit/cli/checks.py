@@ -66,12 +66,13 @@ def names(listed: str | None) -> list[str]:
     return found
 
 
-def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
+def check_output(out: Path, *, overwrite: bool | None = None, mark: str = MARK) -> None:
     """The output directory can be made, and nothing of value is in its place.
 
     Args:
         out: the directory to be.
         overwrite: an earlier output may be replaced; a directory of another kind, or with other files in it, never is.
+            None: the command has no such option.
         mark: the file that tells an earlier output from other directories.
 
     Raises:
@@ -82,7 +83,8 @@ def check_output(out: Path, *, overwrite: bool, mark: str = MARK) -> None:
         raise CheckpointError(f"{out} exists and is not a directory")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise CheckpointError(f"{out} exists and is not empty; choose another directory, or give --overwrite")
+            way = "" if overwrite is None else ", or give --overwrite"
+            raise CheckpointError(f"{out} exists and is not empty; choose another directory{way}")
         check_ours(out, mark)
     check_writable(out.absolute().parent)
 

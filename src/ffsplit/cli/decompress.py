@@ -16,7 +16,7 @@ Compressed = Annotated[str, typer.Argument(help="A checkpoint in ffsplit's forma
 
 def decompress(directory: Compressed, out: options.Out, as_json: options.Json = False) -> None:
     """Write a compressed checkpoint as a plain transformers one of the original shape."""
-    checks.check_output(out, overwrite=False)
+    checks.check_output(out)
     checks.check_model_name(directory)
     loading.require_ffsplit(directory)
     with quiet():

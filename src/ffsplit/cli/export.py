@@ -33,7 +33,7 @@ def export(
     """
     checks.check_model_name(directory)
     target = out if out is not None else Path(f"{directory.rstrip('/')}-{to}")
-    checks.check_output(target, overwrite=False)
+    checks.check_output(target)
     with quiet():
         loading.register()
         from ffsplit.export.run import export_onnx

@@ -17,7 +17,7 @@ Width = Annotated[float, typer.Option("--width", help="Share of every FFN's neur
 
 def slice_(directory: Sorted, out: options.Out, width: Width, as_json: options.Json = False) -> None:
     """Write the first neurons of every FFN of a sorted checkpoint as a plain transformers one."""
-    checks.check_output(out, overwrite=False)
+    checks.check_output(out)
     checks.check_model_name(directory)
     with quiet():
         source = loading.source(directory)
