@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ffsplit.cli import demo
+from ffsplit.cli.options import beside
 from tests.unit.cli_fixtures import SIZES, SMALL, Call, saved
 from tests.unit.evaluate_helpers import tiny_bert, tiny_llama
 from tests.unit.test_bad_input import check_refused, copied, tiny_mixtral
@@ -87,6 +88,36 @@ def test_decompress_into_something(cli: Call, compressed: Path, llama: Path) -> 
     before = sorted(file.name for file in llama.iterdir())
     check_refused(cli("decompress", compressed, "--out", llama), "exists and is not empty")
     assert sorted(file.name for file in llama.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [
+        (".", "{}-onnx"),
+        ("..", "{0.parent}-onnx"),
+        ("./", "{}-onnx"),
+        ("model/", "model-onnx"),
+        ("org/name", "org/name-onnx"),
+        ("link", "link-onnx"),
+    ],
+)
+def test_an_output_that_is_not_given_lies_beside_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("elsewhere")
+    assert beside(given, "onnx") == Path(out.format(tmp_path))
+
+
+@pytest.mark.parametrize("command", [("recover",), ("export", "--to", "onnx")])
+def test_the_current_directory_has_a_name(
+    cli: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "here").mkdir()
+    for ending in ("recovered", "onnx"):
+        (tmp_path / f"here-{ending}").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    check_refused(cli(*command, "."), str(tmp_path / "here-"), "exists and is not a directory")
 
 
 @pytest.mark.parametrize("command", [("decompress",), ("slice", "--width", "0.5"), ("export", "--to", "onnx")])

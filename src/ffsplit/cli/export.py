@@ -32,7 +32,7 @@ def export(
     Low-bit codes stay codes (MatMulNBits), int8 weights stay int8; what has no such node becomes float32, with a note.
     """
     checks.check_model_name(directory)
-    target = out if out is not None else Path(f"{directory.rstrip('/')}-{to}")
+    target = out if out is not None else options.beside(directory, to)
     checks.check_output(target)
     with quiet():
         loading.register()

@@ -21,3 +21,10 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Wind
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda:0, ...; an accelerator if there is one.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; as stored if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def beside(directory: str, ending: str) -> Path:
+    """The output of a command that was given none: a sibling of its input, even where that is called "." or ".."."""
+    path = Path(directory)
+    named = path if path.name not in ("", "..") else path.resolve()
+    return Path(f"{named}-{ending}")

@@ -114,7 +114,7 @@ def recover(
         "hidden": hidden, "labels": labels, "prefix": prefix,
         "patience": patience, "seed": seed,
     }  # fmt: skip
-    target = out if out is not None else Path(f"{directory.rstrip('/')}-recovered")
+    target = out if out is not None else options.beside(directory, "recovered")
     checks.check_output(target, overwrite=overwrite)
     for name in (directory, teacher):
         if name is not None:
