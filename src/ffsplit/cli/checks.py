@@ -86,7 +86,7 @@ def check_output(out: Path, *, overwrite: bool | None = None, mark: str = MARK) 
             way = "" if overwrite is None else ", or give --overwrite"
             raise CheckpointError(f"{out} exists and is not empty; choose another directory{way}")
         check_ours(out, mark)
-    check_writable(out.absolute().parent)
+    check_writable(out.resolve().parent)
 
 
 def check_file(file: Path, sign: str, kind: str) -> None:

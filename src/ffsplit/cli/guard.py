@@ -1,8 +1,10 @@
-"""From exceptions to exit codes: 2 for what the user can put right, 130 for an interruption, 1 for a bug."""
+"""From exceptions to exit codes: 2 for what the user can put right, 130 or 143 for an interruption, 1 for a bug."""
 
 from __future__ import annotations
 
 import errno
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,29 +16,58 @@ from typer.core import TyperGroup
 from ffsplit.cli.console import debugging, say
 from ffsplit.errors import FFSplitError
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as slurm and ``docker stop`` send it: whatever cleans up after Ctrl-C does so after this."""
 
 
 class GuardedGroup(TyperGroup):
     """A group of commands whose failures end in a readable message and the right exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        with guarded():
+        with guarded(), terminable():
             return super().invoke(ctx)
 
 
 @contextmanager
+def terminable() -> Iterator[None]:
+    """Raise :class:`Terminated` at SIGTERM, once: a second one does not disturb the cleaning up.
+
+    Only the main thread can do so, and no handler is touched that Python does not know or that ignores the signal.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+@contextmanager
 def guarded() -> Iterator[None]:
-    """Turn deliberate refusals, a full disk and Ctrl-C into ``typer.Exit``; a bug keeps its traceback.
+    """Turn deliberate refusals, a full disk, Ctrl-C and SIGTERM into ``typer.Exit``; a bug keeps its traceback.
 
     Raises:
-        typer.Exit: code 2 after a refusal, 130 after an interruption.
+        typer.Exit: code 2 after a refusal, 130 after an interruption, 143 after a termination.
     """
     try:
         yield
     except FFSplitError as error:
         _refuse(str(error), error)
+    except Terminated:
+        say("terminated")
+        raise typer.Exit(TERMINATED) from None
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from None

@@ -60,7 +60,7 @@ def ffsplit(version: Version = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 2 for a refused input, 130 when interrupted, 1 for a bug.
+    """Run the command line and leave with its exit code: 0, 2 for refused input, 130 or 143 when stopped, 1 for a bug.
 
     Args:
         arguments: instead of those of the process.
