@@ -80,3 +80,22 @@ def test_a_demo_keeps_what_others_put_there(cli: Call, llama: Path, compressed: 
     out = written(Path(shutil.copytree(compressed, tmp_path / "out")), {DEMO: "{}", "thesis.txt": "years of work"})
     check_refused(cli("demo", "--model", llama, "--out", out), "thesis.txt")
     assert (out / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        (("--pareto", "--methods", "prune", "--no-verify"), "ffsplit.report.plots.save_figure"),
+        (("--recipe", "svd", "--keep", "0.5"), "ffsplit.pipeline.journal.Journal.store"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_what_came_there_during_the_work_stays(
+    cli: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], last: str,
+    overwrite: tuple[str, ...],
+) -> None:  # fmt: skip
+    thesis = {**PLAN, **POINTS, "thesis.txt": "years of work"}
+    monkeypatch.setattr(last, lambda *_: written(tmp_path / "out", thesis))
+    refused = cli("compress", llama, "--out", tmp_path / "out", *options, *overwrite, "--device", "cpu", *SMALL)
+    assert refused.code == 2, refused.err
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"

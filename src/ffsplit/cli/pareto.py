@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffsplit.cli import checks
 from ffsplit.cli.allocation import damage
 from ffsplit.cli.console import print_json, quiet, say
 from ffsplit.cli.ours import FRONT
@@ -94,6 +95,7 @@ def _publish(document: Mapping[str, Any], folder: Path, run: Run, wanted: Sequen
             shutil.rmtree(left)
     (folder / FRONT).write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
     save_figure(front_figure(document), folder / "pareto")
+    checks.check_output(run.out, overwrite=run.overwrite, mark=FRONT)  # again: files may have come there
     target = run.out.resolve()
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()

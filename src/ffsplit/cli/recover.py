@@ -155,6 +155,7 @@ def _recovered(
         if not workers(device).first:
             return None
         say(f"saving to {target}")
+        checks.check_output(target, overwrite=overwrite)  # again: in the hours since, files may have come there
         saved = save(result, target, verify=verify, overwrite=overwrite)
         shutil.rmtree(journal, ignore_errors=True)
     return result, saved

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffsplit.cli import checks
 from ffsplit.cli.progress import Report
 
 if TYPE_CHECKING:
@@ -66,4 +67,5 @@ class Run:
         """Write the checkpoint, whole or not at all."""
         from ffsplit.checkpoint.save import save
 
+        checks.check_output(out, overwrite=overwrite)  # again: in the hours since, files may have come there
         return save(result, out, verify=self.verify, overwrite=overwrite)
