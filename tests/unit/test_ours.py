@@ -99,3 +99,12 @@ def test_what_came_there_during_the_work_stays(
     refused = cli("compress", llama, "--out", tmp_path / "out", *options, *overwrite, "--device", "cpu", *SMALL)
     assert refused.code == 2, refused.err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_came_there_during_a_demo_stays(
+    cli: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thesis = {DEMO: "{}", "thesis.txt": "years of work"}
+    monkeypatch.setattr("ffsplit.pipeline.compress.compress", lambda *_, **__: written(tmp_path / "out", thesis))
+    check_refused(cli("demo", "--model", llama, "--out", tmp_path / "out", "--device", "cpu", *SMALL), "thesis.txt")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"

@@ -126,6 +126,7 @@ def run(place: str, out: Path, settings: loading.Settings, how: dict[str, Any], 
     say(f"compressing on {how['samples']} windows of {how['seq_len']} tokens")
     result = compress(copy.deepcopy(dense), tokenizer, **how, device=settings.device, progress=report)
     say(f"saving to {out}")
+    checks.check_output(out, overwrite=True, mark=DEMO)  # again: in the minutes since, files may have come there
     saved = save(result, out, overwrite=True)
     (out / DEMO).write_text("{}", encoding="utf-8")
     say(f"loading {out}")
