@@ -150,6 +150,14 @@ def test_existing_output(cli: Call, llama: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+def test_output_that_is_a_mount_point(cli: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "volume"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out.resolve())
+    check_refused(cli("compress", llama, "--out", out), "is a mount point", "a directory in it")
+    assert list(out.iterdir()) == []
+
+
 def test_output_that_is_a_file(cli: Call, llama: Path, text: Path) -> None:
     before = text.read_text()
     check_refused(cli("compress", llama, "--out", text), "not a directory")

@@ -76,11 +76,13 @@ def check_output(out: Path, *, overwrite: bool | None = None, mark: str = MARK) 
         mark: the file that tells an earlier output from other directories.
 
     Raises:
-        CheckpointError: it exists and may not be replaced, or its parent cannot be written to.
+        CheckpointError: it exists and may not or cannot be replaced, or its parent cannot be written to.
     """
     _check_name(out, "directory")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} exists and is not a directory")
+    if out.resolve().is_mount():  # the finished directory takes its place by a rename, which a mount point refuses
+        raise CheckpointError(f"{out} is a mount point, which cannot be replaced; name a directory in it")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             way = "" if overwrite is None else ", or give --overwrite"
