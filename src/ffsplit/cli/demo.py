@@ -19,6 +19,7 @@ from ffsplit.cli.ours import DEMO
 from ffsplit.cli.progress import Report, reporting
 from ffsplit.cli.report import compression_document, show_compression
 from ffsplit.cli.tables import line, show_facts
+from ffsplit.cli.writing import write_compressed
 from ffsplit.errors import ModelError
 from ffsplit.files import write_whole
 from ffsplit.plain import plain
@@ -114,7 +115,6 @@ def run(place: str, out: Path, settings: loading.Settings, how: dict[str, Any], 
         ModelError: the model does not continue texts.
     """
     from ffsplit.calibrate.batches import is_causal
-    from ffsplit.checkpoint.save import save
     from ffsplit.evaluate.evaluate import evaluate
     from ffsplit.pipeline.compress import compress
 
@@ -126,8 +126,7 @@ def run(place: str, out: Path, settings: loading.Settings, how: dict[str, Any], 
     say(f"compressing on {how['samples']} windows of {how['seq_len']} tokens")
     result = compress(copy.deepcopy(dense), tokenizer, **how, device=settings.device, progress=report)
     say(f"saving to {out}")
-    checks.check_output(out, overwrite=True, mark=DEMO)  # again: in the minutes since, files may have come there
-    saved = save(result, out, overwrite=True)
+    saved = write_compressed(result, out, overwrite=True, mark=DEMO)
     (out / DEMO).write_text("{}", encoding="utf-8")
     say(f"loading {out}")
     fresh = _reloaded(out).to(settings.device)

@@ -14,6 +14,7 @@ from ffsplit.cli.progress import reporting
 from ffsplit.cli.report import budget_facts, loading_lines, show_recovery
 from ffsplit.cli.resuming import resumable
 from ffsplit.cli.tables import line, show_facts, size
+from ffsplit.cli.writing import write_compressed
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,6 @@ def _recovered(
     overwrite: bool,
 ) -> tuple[CompressionResult, SavedCheckpoint] | None:
     """Train and save; None in all processes but the first of several."""
-    from ffsplit.checkpoint.save import save
     from ffsplit.pipeline.recover import recover as run
     from ffsplit.recover.workers import workers
 
@@ -155,8 +155,7 @@ def _recovered(
         if not workers(device).first:
             return None
         say(f"saving to {target}")
-        checks.check_output(target, overwrite=overwrite)  # again: in the hours since, files may have come there
-        saved = save(result, target, verify=verify, overwrite=overwrite)
+        saved = write_compressed(result, target, verify=verify, overwrite=overwrite)
         shutil.rmtree(journal, ignore_errors=True)
     return result, saved
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffsplit.cli import checks
 from ffsplit.cli.progress import Report
+from ffsplit.cli.writing import write_compressed
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,4 @@ class Run:
 
     def save(self, result: CompressionResult, out: Path, *, overwrite: bool = False) -> SavedCheckpoint:
         """Write the checkpoint, whole or not at all."""
-        from ffsplit.checkpoint.save import save
-
-        checks.check_output(out, overwrite=overwrite)  # again: in the hours since, files may have come there
-        return save(result, out, verify=self.verify, overwrite=overwrite)
+        return write_compressed(result, out, verify=self.verify, overwrite=overwrite)
