@@ -89,6 +89,11 @@ class LowBitShape:
         return cls(d_model, tuple(rest[:half]), tuple(rest[half:]), group, bool(gated), NAMES[act])
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it does not start where :data:`ALIGNMENT` bytes may be read at once."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) -> bool:
     """Whether the kernels are right for these inputs and, for so few tokens, faster than decoded weights."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16) or not x.numel():
@@ -191,9 +196,7 @@ class LowBitFFN:
         """The outputs."""
         assert self.inner is not None
         assert self.outer is not None
-        flat, layout = x.reshape(-1, self.shape.d_model).contiguous(), self.layout
-        if flat.data_ptr() % ALIGNMENT:
-            flat = flat.clone()
+        flat, layout = aligned(x.reshape(-1, self.shape.d_model).contiguous()), self.layout
         count = flat.shape[0]
         tiles = -(-count // TOKENS)
         hidden = flat.new_empty(tiles * TOKENS * self.shape.padded)
@@ -250,8 +253,8 @@ def low_bit_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[i
     A compiled graph cannot change its mind: where the kernels cannot be compiled, weights are decoded at every call.
     """
     shape = LowBitShape.from_numbers(numbers)
-    aligned = [tensor.clone() if tensor is not None and tensor.data_ptr() % ALIGNMENT else tensor for tensor in tensors]
-    ffn = LowBitFFN(aligned, shape, x.numel() // shape.d_model, x.dtype, x.device.index)
+    found = [None if tensor is None else aligned(tensor) for tensor in tensors]
+    ffn = LowBitFFN(found, shape, x.numel() // shape.d_model, x.dtype, x.device.index)
     return ffn(x) if ffn.is_compiled else decoded(x, tensors, shape)
 
 

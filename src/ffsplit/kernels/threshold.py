@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from ffsplit.kernels import nvrtc
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
-from ffsplit.kernels.low_bit import ALIGNMENT, NAMES
+from ffsplit.kernels.low_bit import ALIGNMENT, NAMES, aligned
 
 MOST_TOKENS = 2
 """Tokens differ in the neurons that they need: at 4, too few are left out by all for these kernels to pay."""
@@ -177,9 +177,7 @@ class ThresholdFFN:
         """The workspace, filled by the first launch."""
         assert self.inner is not None
         shape, space = self.shape, self._space
-        flat = x.reshape(-1, shape.d_model).contiguous()
-        if flat.data_ptr() % ALIGNMENT:
-            flat = flat.clone()
+        flat = aligned(x.reshape(-1, shape.d_model).contiguous())
         buffer = flat.new_empty(space.size, dtype=torch.uint8)
         start = buffer.data_ptr()
         self.inner(
@@ -215,7 +213,7 @@ def threshold_ffn(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence
         numbers: of the shape.
     """
     shape = ThresholdShape.from_numbers(numbers)
-    found = [tensor.clone() if tensor is not None and tensor.data_ptr() % ALIGNMENT else tensor for tensor in tensors]
+    found = [None if tensor is None else aligned(tensor) for tensor in tensors]
     places = [at for at in (BRANCH_TENSORS - 1, 2 * BRANCH_TENSORS - 1) if found[at] is not None]
     downs = [down for at in places if (down := found[at]) is not None]
     sparse = all(down.t().is_contiguous() for down in downs)
