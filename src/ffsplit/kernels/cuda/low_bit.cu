@@ -26,7 +26,7 @@ struct Matrix {
     int rows, columns;
 };
 
-template <int BITS> __device__ __forceinline__ long row_bytes(int columns) { return (long)columns * BITS / 8; }
+template <int BITS> __device__ __forceinline__ u32 row_bytes(int columns) { return (long)columns * BITS / 8; }
 
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     u32 found;
@@ -210,10 +210,14 @@ template <int G, bool ARRANGED> struct Tokens {
         tile_step = 8 * (ARRANGED ? (columns + G - 1) / G * G : stride);
     }
 
-    // What lies beyond the columns or the tokens counts as zero.
+    __device__ __forceinline__ const u16* start(int tile, int group) const {
+        return from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G));
+    }
+
+    // What lies beyond the columns or the tokens counts as zero. Both say so in place: called, it costs instructions.
     template <int SPANS> __device__ __forceinline__ void ask(u32 to, int tile, int group, int first) const {
         const bool there = group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count;
-        const u16* at = from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G));
+        const u16* at = start(tile, group);
 #pragma unroll
         for (int s = 0; s < SPANS; ++s)
             copy<16, ARRANGED>(to + s * 512 + lane * 16, (const u8*)(at + (first + s) * (ARRANGED ? 256 : 8)), there);
@@ -221,7 +225,7 @@ template <int G, bool ARRANGED> struct Tokens {
     __device__ __forceinline__ uint4 get(int tile, int group, int span) const {
         uint4 v = make_uint4(0, 0, 0, 0);
         if (group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count)
-            v = *(const uint4*)(from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G)) + span * (ARRANGED ? 256 : 8));
+            v = *(const uint4*)(start(tile, group) + span * (ARRANGED ? 256 : 8));
         return v;
     }
 
@@ -291,7 +295,7 @@ __device__ __forceinline__ void accumulate(
     for (int j = 0; j < TALL; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            start[j][i] = row[j][i] * (u32)row_bytes<BITS>(columns);
+            start[j][i] = row[j][i] * row_bytes<BITS>(columns);
             asm volatile("" : "+r"(start[j][i]));  // computed once, not in every turn
         }
     const auto column_of = [&](int group, int piece) { return (u32)(group * G + t * (G / 4) + piece * Codes<BITS, G>::COLUMNS); };
