@@ -98,13 +98,25 @@ def thresholded_ffn(d_model: int, d_ff: int, gated: bool) -> SumFFN:
     return ffn
 
 
+def sizes(d_model: int, d_ff: int, gated: bool) -> list[tuple[int, int]]:
+    """Rows and columns of up, down and gate."""
+    return [(d_ff, d_model), (d_model, d_ff), *([(d_ff, d_model)] if gated else [])]
+
+
+def through(x: Tensor, up: Call, down: Call, gate: Call | None = None) -> Tensor:
+    """An FFN of anybody's products."""
+    return down(F.gelu(up(x), approximate="tanh") if gate is None else F.silu(gate(x)) * up(x))
+
+
 class DenseFFN(nn.Module):
-    """As transformers computes it."""
+    """As transformers computes it; its time on the host is measured, so nothing stands between."""
 
     def __init__(self, d_model: int, d_ff: int, gated: bool) -> None:
         super().__init__()
-        sizes = [(d_ff, d_model), (d_model, d_ff), *([(d_ff, d_model)] if gated else [])]
-        self.weights = [(torch.randn(*size, device="cuda") * size[1] ** -0.5).to(torch.bfloat16) for size in sizes]
+        self.weights = [
+            (torch.randn(*size, device="cuda") * size[1] ** -0.5).to(torch.bfloat16)
+            for size in sizes(d_model, d_ff, gated)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         up, down, *gate = self.weights
@@ -117,8 +129,7 @@ class TorchInt4(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, gated: bool) -> None:
         super().__init__()
-        sizes = [(d_ff, d_model), (d_model, d_ff), *([(d_ff, d_model)] if gated else [])]
-        self.matrices = [self._matrix(*size) for size in sizes]
+        self.matrices = [self._matrix(*size) for size in sizes(d_model, d_ff, gated)]
 
     def _matrix(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
@@ -126,12 +137,10 @@ class TorchInt4(nn.Module):
         return torch._convert_weight_to_int4pack(codes, 8), scales
 
     def forward(self, x: Tensor) -> Tensor:
-        def product(y: Tensor, which: int) -> Tensor:
-            return torch._weight_int4pack_mm(y, self.matrices[which][0], GROUP, self.matrices[which][1])
+        def product(matrix: tuple[Tensor, Tensor]) -> Call:
+            return lambda y: torch._weight_int4pack_mm(y, matrix[0], GROUP, matrix[1])
 
-        gated = len(self.matrices) == 3
-        hidden = F.silu(product(x, 2)) * product(x, 0) if gated else F.gelu(product(x, 0), approximate="tanh")
-        return product(hidden, 1)
+        return through(x, *map(product, self.matrices))
 
 
 def gemlite_ffn(d_model: int, d_ff: int, gated: bool) -> nn.Module | None:
@@ -147,8 +156,7 @@ def gemlite_ffn(d_model: int, d_ff: int, gated: bool) -> nn.Module | None:
     class GemliteFFN(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            sizes = [(d_ff, d_model), (d_model, d_ff), *([(d_ff, d_model)] if gated else [])]
-            self.layers = nn.ModuleList(self._layer(*size) for size in sizes)
+            self.layers = nn.ModuleList(self._layer(*size) for size in sizes(d_model, d_ff, gated))
 
         def _layer(self, rows: int, columns: int) -> nn.Module:
             layer = GemLiteLinearTriton(4, GROUP, columns, rows, input_dtype=DType.BF16, output_dtype=DType.BF16)
@@ -158,8 +166,7 @@ def gemlite_ffn(d_model: int, d_ff: int, gated: bool) -> nn.Module | None:
             return layer
 
         def forward(self, x: Tensor) -> Tensor:
-            up, down, *gate = self.layers
-            return down(F.silu(gate[0](x)) * up(x) if gate else F.gelu(up(x), approximate="tanh"))
+            return through(x, *self.layers)
 
     return GemliteFFN()
 
@@ -179,9 +186,7 @@ def torchao_ffn(d_model: int, d_ff: int, gated: bool) -> nn.Module | None:
             self.gate = nn.Linear(d_model, d_ff, **kind) if gated else None
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.gate is None:
-                return self.down(F.gelu(self.up(x), approximate="tanh"))
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            return through(x, self.up, self.down, self.gate)
 
     found = Layers()
     try:
