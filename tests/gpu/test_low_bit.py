@@ -107,7 +107,7 @@ def test_blocks_of_twice_the_rows(index: int, tokens: int, inner_shared: int, mo
     """The layouts that only large FFNs get, on small ones that end anywhere."""
     monkeypatch.setattr(low_bit, "MOST_UNGATED", low_bit.MOST_TOKENS)
     tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    layout = low_bit.Layout(tiles, 2, 2, inner_shared, 4, 2, 20480)
+    layout = low_bit.Layout(tiles, low_bit.Block(2, 2, inner_shared), low_bit.Block(4, 2, 20480))
     monkeypatch.setattr(low_bit.Layout, "of", lambda *_: layout)
     ffn = sum_of(SUMS[index], torch.bfloat16)
     x = torch.randn(tokens, ffn.d_model).to(torch.bfloat16)

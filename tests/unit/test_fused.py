@@ -198,10 +198,10 @@ def test_instances_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> 
 def test_layouts_fit_into_shared_memory(room: int, tokens: int, d_model: int, neurons: tuple[int, ...]) -> None:
     shape = LowBitShape(d_model, neurons, (4,) * len(neurons), 128, True, "silu")
     layout = Layout.of(tokens, shape, room * 1024)
-    assert layout.inner_warps * layout.inner_shared <= 64 * 1024
-    assert layout.outer_warps * layout.outer_shared <= max(room, 20) * 1024
+    assert layout.inner.warps * layout.inner.shared <= 64 * 1024
+    assert layout.outer.warps * layout.outer.shared <= max(room, 20) * 1024
     assert layout.tiles * TOKENS >= tokens
-    assert layout.inner_warps >= 2
+    assert layout.inner.warps >= 2
 
 
 def test_prefill_is_one_of_two() -> None:

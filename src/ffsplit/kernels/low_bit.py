@@ -8,7 +8,7 @@ sums of their groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from jaxtyping import Float
@@ -107,26 +107,33 @@ def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) ->
 
 
 @dataclass(frozen=True)
+class Block:
+    """What a block of threads of a kernel does.
+
+    Attributes:
+        warps: that share the groups of the same rows.
+        tall: its rows, in units of :data:`TILE`.
+        shared: bytes of shared memory of a warp.
+    """
+
+    warps: int
+    tall: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """How much a block of threads of each kernel does; the fastest that were measured on an H200.
 
     Attributes:
         tiles: of :data:`TOKENS` tokens, in both kernels.
-        inner_warps: of `inner`, which share the groups of the same rows.
-        inner_tall: rows of `inner`'s blocks, in units of :data:`TILE`.
-        inner_shared: bytes of shared memory of a warp of `inner`.
-        outer_warps: likewise of `outer`.
-        outer_tall: likewise.
-        outer_shared: likewise.
+        inner: a block of the kernel of that name.
+        outer: likewise.
     """
 
     tiles: int
-    inner_warps: int
-    inner_tall: int
-    inner_shared: int
-    outer_warps: int
-    outer_tall: int
-    outer_shared: int
+    inner: Block
+    outer: Block
 
     @classmethod
     def of(cls, tokens: int, shape: LowBitShape, room: int) -> Layout:
@@ -134,15 +141,15 @@ class Layout:
         tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
         # Taller blocks share tokens among more rows, but there are fewer of them, and of two branches they differ more.
         many = sum(shape.neurons) >= 4 * ENOUGH * TILE
-        inner_tall = 2 if many and tiles == 1 and len(shape.neurons) == 1 else 1
-        inner_warps = 4 if tiles == 4 else (2 if many else 4) * (2 if tiles == 1 else 1)
-        outer_tall = 2 if shape.d_model >= 2 * ENOUGH * TILE else 1
-        outer_warps = 8 if tiles == 4 or shape.d_model >= 4 * ENOUGH * TILE else 16
-        inner_shared = 4096 if tiles > 1 else 4096 * (inner_tall + 1)
-        outer_shared = 20480 if tiles == 4 else 12288
-        while outer_warps * outer_shared > room and outer_warps > 1:
-            outer_warps //= 2
-        return cls(tiles, inner_warps, inner_tall, inner_shared, outer_warps, outer_tall, outer_shared)
+        tall = 2 if many and tiles == 1 and len(shape.neurons) == 1 else 1
+        warps = 4 if tiles == 4 else (2 if many else 4) * (2 if tiles == 1 else 1)
+        inner = Block(warps, tall, 4096 if tiles > 1 else 4096 * (tall + 1))
+        tall = 2 if shape.d_model >= 2 * ENOUGH * TILE else 1
+        warps = 8 if tiles == 4 or shape.d_model >= 4 * ENOUGH * TILE else 16
+        shared = 20480 if tiles == 4 else 12288
+        while warps * shared > room and warps > 1:
+            warps //= 2
+        return cls(tiles, inner, Block(warps, tall, shared))
 
 
 class LowBitFFN:
@@ -173,10 +180,10 @@ class LowBitFFN:
         heavy, rest = (0, *shape.neurons)[-2:]
         half, act = dtype == torch.float16, NAMES.index(shape.act)
         storages = heavy_bits, rest_bits, shape.group, layout.tiles
-        inner = *storages, act, shape.gated, half, layout.inner_warps, layout.inner_tall, layout.inner_shared
-        outer = *storages, half, layout.outer_warps, layout.outer_tall, layout.outer_shared
-        self.inner = nvrtc.launcher("low_bit", "inner", inner, device, layout.inner_warps * layout.inner_shared)
-        self.outer = nvrtc.launcher("low_bit", "outer", outer, device, layout.outer_warps * layout.outer_shared)
+        inner = *storages, act, shape.gated, half, *astuple(layout.inner)
+        outer = *storages, half, *astuple(layout.outer)
+        self.inner = nvrtc.launcher("low_bit", "inner", inner, device, layout.inner.warps * layout.inner.shared)
+        self.outer = nvrtc.launcher("low_bit", "outer", outer, device, layout.outer.warps * layout.outer.shared)
         nothing = [None] * BRANCH_TENSORS * (2 - len(shape.neurons))
         parts = [0 if part is None else part.data_ptr() for part in (*nothing, *tensors)]
         branches = [parts[at : at + BRANCH_TENSORS] for at in (0, BRANCH_TENSORS)]
@@ -184,9 +191,9 @@ class LowBitFFN:
         self._inner_weights = [part for b in branches for part in (*b[0:4], b[12], *b[4:8], b[13])]
         self._outer_weights = [part for b in branches for part in b[8:12]]
         self._bias, self._sizes = parts[-1], (heavy, rest, shape.d_model)
-        rows = TILE * layout.inner_tall
+        rows = TILE * layout.inner.tall
         self._inner_grid = -(-heavy // rows) + -(-rest // rows)
-        self._outer_grid = -(-shape.d_model // (TILE * layout.outer_tall))
+        self._outer_grid = -(-shape.d_model // (TILE * layout.outer.tall))
 
     @property
     def is_compiled(self) -> bool:
@@ -203,13 +210,13 @@ class LowBitFFN:
         out = torch.empty_like(flat)
         self.inner(
             (self._inner_grid, -(-count // (TOKENS * layout.tiles))),
-            32 * layout.inner_warps,
+            32 * layout.inner.warps,
             [flat.data_ptr(), hidden.data_ptr(), *self._inner_weights],
             [count, *self._sizes],
         )
         self.outer(
             (self._outer_grid, -(-count // (TOKENS * layout.tiles))),
-            32 * layout.outer_warps,
+            32 * layout.outer.warps,
             [hidden.data_ptr(), out.data_ptr(), self._bias, *self._outer_weights],
             [count, *self._sizes],
             early=True,
