@@ -83,8 +83,6 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     launched = []
     call = low_bit.LowBitFFN.__call__
     monkeypatch.setattr(low_bit.LowBitFFN, "__call__", lambda self, x: launched.append(1) or call(self, x))
-    # Without a gate, more tokens are left to decoded weights; here the kernels are meant.
-    monkeypatch.setattr(low_bit, "MOST_UNGATED", low_bit.MOST_TOKENS)
     on_gpu = copy.deepcopy(ffn).cuda()
     for tokens in ((1, 7, 8), (9, 16, 17), (24, 31, 32))[index % 3]:
         launched.clear()
@@ -100,21 +98,36 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
         assert launched
 
 
-@pytest.mark.parametrize(("tokens", "inner_shared"), [(5, 12288), (13, 8192), (29, 8192)])
-@pytest.mark.parametrize("index", [1, 6, 8, 12])
+# Tokens, and blocks of both kernels: of twice the rows, and of warps that share tokens.
+BLOCKS = [
+    (5, low_bit.Block(2, 1, 2, 12288), low_bit.Block(4, 1, 2, 20480)),
+    (5, low_bit.Block(4, 2, 2, 16384), low_bit.Block(8, 2, 1, 8192)),
+    (3, low_bit.Block(4, 4, 1, 16384), low_bit.Block(16, 2, 2, 12288)),
+    (13, low_bit.Block(4, 2, 2, 24576), low_bit.Block(4, 1, 2, 20480)),
+    (13, low_bit.Block(8, 4, 1, 12288), low_bit.Block(4, 2, 2, 20480)),
+    (29, low_bit.Block(2, 2, 2, 24576), low_bit.Block(8, 1, 1, 20480)),
+    (29, low_bit.Block(4, 4, 1, 20480), low_bit.Block(8, 8, 1, 20480)),
+    (32, low_bit.Block(4, 2, 1, 18432), low_bit.Block(16, 4, 1, 12288)),
+]
+
+
+@pytest.mark.parametrize(("tokens", "inner", "outer"), BLOCKS)
+@pytest.mark.parametrize("index", [0, 1, 5, 6, 8, 12])
 @torch.no_grad()
-def test_blocks_of_twice_the_rows(index: int, tokens: int, inner_shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_many_rows(
+    index: int, tokens: int, inner: low_bit.Block, outer: low_bit.Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The layouts that only large FFNs get, on small ones that end anywhere."""
-    monkeypatch.setattr(low_bit, "MOST_UNGATED", low_bit.MOST_TOKENS)
     tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    layout = low_bit.Layout(tiles, low_bit.Block(2, 2, inner_shared), low_bit.Block(4, 2, 20480))
-    monkeypatch.setattr(low_bit.Layout, "of", lambda *_: layout)
+    monkeypatch.setattr(low_bit.Layout, "of", lambda *_: low_bit.Layout(tiles, inner, outer))
     ffn = sum_of(SUMS[index], torch.bfloat16)
     x = torch.randn(tokens, ffn.d_model).to(torch.bfloat16)
     on_gpu = copy.deepcopy(ffn).cuda()
     exact = ffn.double()(x.double())
     poison()
-    assert relative_error(on_gpu(x.cuda()), exact) < 8e-3
+    found = on_gpu(x.cuda())
+    assert relative_error(found, exact) < 8e-3
+    assert all(torch.equal(found, on_gpu(x.cuda())) for _ in range(3))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ sums of their groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,6 @@ from ffsplit.kernels.packed import PackedTensors
 
 MOST_TOKENS = 32
 """Beyond, multiplying by decoded weights is faster."""
-MOST_UNGATED = 16
-"""The same without a gate, where fewer weights share the tokens."""
 DENSE_BITS = 16
 """Of a dense matrix of halves."""
 BITS = (2, 3, 4, 8, DENSE_BITS)
@@ -100,8 +98,7 @@ def takes(x: Float[Tensor, "*tokens d_model"], shapes: Sequence[LowBitShape]) ->
         return False
     if x.shape[-1] != shapes[0].d_model:  # the plain path says what is wrong
         return False
-    most = MOST_TOKENS if shapes[0].gated else MOST_UNGATED
-    if x.numel() // shapes[0].d_model > most:
+    if x.numel() // shapes[0].d_model > MOST_TOKENS:
         return False
     return all(shape.is_supported for shape in shapes) and nvrtc.is_supported(x.device.index or 0)
 
@@ -111,14 +108,28 @@ class Block:
     """What a block of threads of a kernel does.
 
     Attributes:
-        warps: that share the groups of the same rows.
-        tall: its rows, in units of :data:`TILE`.
+        warps: of all rows together; those at the same rows share the groups.
+        across: warps at different rows that share tokens.
+        tall: rows of a warp, in units of :data:`TILE`.
         shared: bytes of shared memory of a warp.
     """
 
     warps: int
+    across: int
     tall: int
     shared: int
+
+    @property
+    def rows(self) -> int:
+        """Of the block."""
+        return TILE * self.tall * self.across
+
+    def within(self, room: int) -> Block:
+        """The same with as many warps as find their memory in so many bytes."""
+        warps = self.warps
+        while warps * self.shared > room and warps > self.across:
+            warps //= 2
+        return replace(self, warps=warps)
 
 
 @dataclass(frozen=True)
@@ -139,17 +150,31 @@ class Layout:
     def of(cls, tokens: int, shape: LowBitShape, room: int) -> Layout:
         """The layout for so many tokens on a device whose blocks have at most ``room`` bytes of shared memory."""
         tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
-        # Taller blocks share tokens among more rows, but there are fewer of them, and of two branches they differ more.
-        many = sum(shape.neurons) >= 4 * ENOUGH * TILE
-        tall = 2 if many and tiles == 1 and len(shape.neurons) == 1 else 1
-        warps = 4 if tiles == 4 else (2 if many else 4) * (2 if tiles == 1 else 1)
-        inner = Block(warps, tall, 4096 if tiles > 1 else 4096 * (tall + 1))
-        tall = 2 if shape.d_model >= 2 * ENOUGH * TILE else 1
-        warps = 8 if tiles == 4 or shape.d_model >= 4 * ENOUGH * TILE else 16
-        shared = 20480 if tiles == 4 else 12288
-        while warps * shared > room and warps > 1:
-            warps //= 2
-        return cls(tiles, inner, Block(warps, tall, shared))
+        return cls(tiles, _inner(tiles, shape).within(room), _outer(tiles, shape.d_model).within(room))
+
+
+def _inner(tiles: int, shape: LowBitShape) -> Block:
+    """Taller blocks share tokens among more rows, but there are fewer of them, and of two branches they differ more."""
+    neurons, one = sum(shape.neurons), len(shape.neurons) == 1
+    many, most = neurons >= 4 * ENOUGH * TILE, neurons >= 8 * ENOUGH * TILE
+    tall = 1 if shape.gated else 2
+    if tiles == 4:
+        return Block(4, 2, tall, 18432)
+    if tiles == 2:
+        warps = 4 if many and (one or most or not shape.gated) else 8
+        return Block(warps, 2, tall, 9216 if one and shape.gated else 12800)
+    if shape.gated and (most or (many and one)):
+        return Block(4, 1, 2, 12288)
+    return Block(4 if many else 8, 1, tall, 8192)
+
+
+def _outer(tiles: int, d_model: int) -> Block:
+    """Many rows are for blocks that share tokens among them; few go to as many blocks as there can be."""
+    if d_model < 2 * ENOUGH * TILE:
+        return Block(8, 1, 1, 20480) if tiles == 4 else Block(16, 1, 1, 12288)
+    if d_model < 4 * ENOUGH * TILE:
+        return Block(16, 2, 1, 8192 if tiles == 1 else 12288)
+    return Block(16, 4, 1, 12288) if tiles == 4 else Block(16, 2, 2, 12288)
 
 
 class LowBitFFN:
@@ -191,9 +216,8 @@ class LowBitFFN:
         self._inner_weights = [part for b in branches for part in (*b[0:4], b[12], *b[4:8], b[13])]
         self._outer_weights = [part for b in branches for part in b[8:12]]
         self._bias, self._sizes = parts[-1], (heavy, rest, shape.d_model)
-        rows = TILE * layout.inner.tall
-        self._inner_grid = -(-heavy // rows) + -(-rest // rows)
-        self._outer_grid = -(-shape.d_model // (TILE * layout.outer.tall))
+        self._inner_grid = sum(-(-size // layout.inner.rows) for size in (heavy, rest))
+        self._outer_grid = -(-shape.d_model // layout.outer.rows)
 
     @property
     def is_compiled(self) -> bool:

@@ -8,8 +8,9 @@
 //
 // The warps of a block share the groups of the same rows and meet only to add up their sums at the end. Until then each
 // asks for codes several pieces ahead, through shared memory: every thread copies what it alone will use, so that there is
-// nothing to wait for but its own copies, and registers are left to the products. Tokens come the same way, or a span ahead
-// in registers where there are many. `outer` starts before `inner` has ended, and has its first weights on their way by then.
+// nothing to wait for but its own copies, and registers are left to the products. Tokens come the same way; or a team of warps at
+// different rows goes through the same groups and copies them once for all, which costs a barrier a piece. `outer` starts before
+// `inner` has ended, and has its first weights on their way by then.
 //
 // Codes become exact halves a pair at a time: or-ed into the mantissa of 128 (bfloat16) or 1024 (float16) a code is that
 // number plus itself. Origin and zero are taken off the codes by one addition a pair; or, for one tile of tokens and codes of
@@ -125,8 +126,8 @@ template <int BITS> struct Grid {
     }
 
     // The step (upper half: a float16, a multiple of the row's unit if there is one) and the zero (lower half): an
-    // integer, or where ORIGIN is given what has to be taken off codes that stand on it, a float16 too.
-    template <int ORIGIN> __device__ __forceinline__ u32 packed(const Matrix& m, u32 index) const {
+    // integer, or one below the bits of MINUS; where ORIGIN is given what has to be taken off codes that stand on it, a float16.
+    template <int ORIGIN, int MINUS> __device__ __forceinline__ u32 packed(const Matrix& m, u32 index) const {
         u32 found = 1 << (BITS - 1);
         if (m.zero) {
             found = zero;
@@ -134,17 +135,17 @@ template <int BITS> struct Grid {
             if (BITS < 4) found = zero >> (2 * (index & 3)) & 3;
             if (BITS == 3) found |= (high >> (index & 7) & 1) << 2;
         }
-        return (m.unit ? half_of(step) : step) << 16 | (ORIGIN ? half_of(ORIGIN + found) : found);
+        return (m.unit ? half_of(step) : step) << 16 | (ORIGIN ? half_of(ORIGIN + found) : found | MINUS);
     }
 };
 
 // Eight decoded weights of one row as pairs (0, 4), (1, 5), (2, 6), (3, 7): the nibbles of a word that one mask finds.
-// With ORIGIN_TOO they are codes still on top of 128 or 1024, which is one instruction less a pair.
+// With ORIGIN_TOO they are codes still on top of 128 or 1024, which is one instruction less a pair; `offset` is what takes both
+// off, twice, or for 8 bits in bfloat16 the zero.
 template <int BITS, bool HALF, int G, bool ORIGIN_TOO>
-__device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& codes, int span, int zero) {
+__device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& codes, int span, u32 offset) {
     constexpr u32 ORIGIN = Magic<HALF>::ORIGIN;
     const u32* raw = codes.raw;
-    const u32 offset = Magic<HALF>::MINUS | zero * 0x00010001u;
     if constexpr (BITS == 16) {
         const u32* v = raw + 4 * span;
         pairs[0] = permute(v[0], v[2], 0x5410); pairs[1] = permute(v[0], v[2], 0x7632);
@@ -157,7 +158,7 @@ __device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& co
                 const u32 two = permute(low, high, p | (p + 4) << 8);
                 pairs[p] = shifted<true>(permute(two, 0x64646464u, 0x4240), offset);
             } else {
-                const float base = 8388608.f + zero;  // 2^23 + code is a float32's bits with the code or-ed in
+                const float base = 8388608.f + offset;  // 2^23 + code is a float32's bits with the code or-ed in
                 const float first = __uint_as_float(permute(low, 0x4B000000u, 0x7440 + p)) - base;
                 const float second = __uint_as_float(permute(high, 0x4B000000u, 0x7440 + p)) - base;
                 asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[p]) : "f"(second), "f"(first));
@@ -210,23 +211,13 @@ template <int G, bool ARRANGED> struct Tokens {
         tile_step = 8 * (ARRANGED ? (columns + G - 1) / G * G : stride);
     }
 
-    __device__ __forceinline__ const u16* start(int tile, int group) const {
-        return from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G));
-    }
-
-    // What lies beyond the columns or the tokens counts as zero. Both say so in place: called, it costs instructions.
+    // What lies beyond the columns or the tokens counts as zero.
     template <int SPANS> __device__ __forceinline__ void ask(u32 to, int tile, int group, int first) const {
         const bool there = group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count;
-        const u16* at = start(tile, group);
+        const u16* at = from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G));
 #pragma unroll
         for (int s = 0; s < SPANS; ++s)
             copy<16, ARRANGED>(to + s * 512 + lane * 16, (const u8*)(at + (first + s) * (ARRANGED ? 256 : 8)), there);
-    }
-    __device__ __forceinline__ uint4 get(int tile, int group, int span) const {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count)
-            v = *(const uint4*)(start(tile, group) + span * (ARRANGED ? 256 : 8));
-        return v;
     }
 
     static __device__ __forceinline__ uint4 read(u32 from, int lane) {
@@ -237,14 +228,64 @@ template <int G, bool ARRANGED> struct Tokens {
     static __device__ __forceinline__ uint4 in_order(uint4 v) { return ARRANGED ? v : paired(v); }
 };
 
-// Whether tokens go through shared memory as codes do. Several tiles of `inner`'s would take more of it than its codes.
-template <int NT, bool ARRANGED> constexpr bool TOKENS_TOO = ARRANGED || NT == 1;
+// The part of a team's tokens that one of its warps copies: of all eight tokens of NT tiles SPANS spans. Rows of values are read
+// along, SPANS times four neighbouring vectors of a token at a time, and spans stand so far apart that these go to banks of
+// their own, as the lanes do that read one span.
+template <int G, int SPANS, int NT, bool ARRANGED, int ACROSS> struct Share {
+    static_assert((ACROSS & (ACROSS - 1)) == 0);
+    static constexpr int APART = ARRANGED || SPANS == 1 ? 512 : 512 + 128 / SPANS, BYTES = NT * SPANS * APART;
+    static constexpr int PARTS = NT * SPANS, COUNT = PARTS > ACROSS ? PARTS / ACROSS : 1;
+    const u8* x;
+    u32 from[COUNT], to;
+    int limit[COUNT], column;
+    bool idle;
+
+    __device__ __forceinline__ Share(const u16* x, int columns, int stride, int count, int member, int lane) : x((const u8*)x) {
+        const int part = member * COUNT, span = ARRANGED ? 0 : lane % SPANS, t = ARRANGED ? lane & 3 : lane / SPANS & 3;
+        const int token = ARRANGED ? lane >> 2 : lane / (4 * SPANS);
+        idle = PARTS < ACROSS && part >= PARTS;
+        column = t * (G / 4);
+        to = place(part) + span * APART + (token * 4 + t) * 16;
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
+            const int tile = (part + j) / SPANS, rest = (part + j) % SPANS;
+            if (ARRANGED) {
+                from[j] = 2 * (tile * 8 * ((columns + G - 1) / G * G) + rest * 256 + lane * 8);
+                limit[j] = tile * 8 + token < count ? columns : 0;
+            } else {  // no output is of a token beyond the last one: it may stand in for them
+                from[j] = 2 * (min(tile * 8 + rest * (8 / SPANS) + token, count - 1) * stride + column + span * 8);
+                limit[j] = columns;
+            }
+            asm volatile("" : "+r"(from[j]));  // computed once, not in every turn
+        }
+        asm volatile("" : "+r"(to));
+    }
+
+    static constexpr __device__ __forceinline__ int place(int part) {
+        return ARRANGED ? part * APART : part / SPANS * (SPANS * APART) + part % SPANS * (8 / SPANS) * 64;
+    }
+
+    __device__ __forceinline__ void ask(u32 at, int group, int first) const {
+        if (idle) return;
+        const u8* start = x + (u32)(ARRANGED ? group * (16 * G) + first * 512 : group * (2 * G) + first * 16);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j)
+            copy<16, ARRANGED>(at + to + place(j), start + from[j], group * G + column < limit[j]);
+    }
+};
+
 // What a piece takes in shared memory.
 template <int BITS, int G, int MATRICES> constexpr int CODE_BYTES = MATRICES * 256 * Codes<BITS, G>::WORDS;
-template <int BITS, int G, int MATRICES, int NT, bool ARRANGED>
-constexpr int BYTES_OF = CODE_BYTES<BITS, G, MATRICES> + (TOKENS_TOO<NT, ARRANGED> ? NT * (G / 32 / PIECES<BITS, G>) * 512 : 0);
+template <int BITS, int G, int NT, bool ARRANGED, int ACROSS>
+constexpr int TOKEN_BYTES = ACROSS == 1 ? NT * (G / 32 / PIECES<BITS, G>) * 512 : Share<G, G / 32 / PIECES<BITS, G>, NT, ARRANGED, ACROSS>::BYTES;
 // Pieces of a warp that are on their way while it works on one.
 template <int RING, int BYTES> constexpr int DEPTH = RING / BYTES < 8 ? RING / BYTES : 8;
+
+// Waits for the warps of a team.
+template <int ACROSS> __device__ __forceinline__ void meet(int team) {
+    if (ACROSS == 1) __syncwarp();
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(ACROSS * 32) : "memory");
+}
 
 // Lets the next kernel of the stream start, and waits for the one in front to end.
 __device__ __forceinline__ void let_next_start() {
@@ -259,24 +300,35 @@ __device__ __forceinline__ void wait_for_front() {
 }
 
 // Warps that must find room for their registers on a multiprocessor: what was fastest on an H200.
-template <int NT, int TALL, bool ARRANGED>
-constexpr int RESIDENT = NT == 4 ? 8 : ARRANGED ? 16 : NT == 2 || TALL == 2 ? 12 : 20;
+template <int NT, int MATRICES, bool ARRANGED>
+constexpr int RESIDENT = ARRANGED || NT == 2 ? 16 : NT == 4 || MATRICES == 4 ? 12 : 20;
 
 // Adds the products of rows of several matrices, TALL times 16 of each, with the same tokens over the groups first,
 // first + stride, ... Sums are those of all matrices' first 16 rows, then of all their next ones.
-template <int BITS, int G, int SEVERAL, int TALL, int NT, bool HALF, bool ARRANGED, int RING>
+//
+// ACROSS warps at different rows are a team: they go through the same groups and share the tokens, of which each copies a part.
+template <int BITS, int G, int SEVERAL, int TALL, int NT, bool HALF, bool ARRANGED, int ACROSS, int RING>
 __device__ __forceinline__ void accumulate(
     float (&sums)[SEVERAL * TALL][NT][4], const Matrix (&m)[SEVERAL], const int (&row)[TALL][2], const u16* x, int x_stride,
     int tokens, int first, int last, int stride, bool wait
 ) {
     constexpr int MATRICES = SEVERAL * TALL, P = PIECES<BITS, G>, SPANS = G / 32 / P;
-    constexpr int CODES = CODE_BYTES<BITS, G, MATRICES>, BYTES = BYTES_OF<BITS, G, MATRICES, NT, ARRANGED>;
-    constexpr int D = DEPTH<RING, BYTES>;
-    static_assert(D > 0);
+    // A team's ring has the codes of all its warps and then the tokens of one piece after the other.
+    constexpr int CODES = CODE_BYTES<BITS, G, MATRICES>, BYTES = ACROSS * CODES + TOKEN_BYTES<BITS, G, NT, ARRANGED, ACROSS>;
+    constexpr int D = DEPTH<ACROSS * RING, BYTES>;
+    static_assert(D > (ACROSS > 1));
+    // A piece of tokens can be replaced when the whole team has read it: one turn later.
+    constexpr int AHEAD = ACROSS > 1 ? D - 1 : D;
     constexpr bool LATER = NT == 1 && BITS <= 4;  // more tiles share what it costs to take origins off the codes
     constexpr int ORIGIN = LATER ? (HALF ? 1024 : 128) : 0;
+    constexpr bool PLAIN = BITS == 8 && !HALF;  // the zero is one of float32's
+    constexpr int MINUS = PLAIN ? 0 : Magic<HALF>::MINUS & 0xFFFF;
     const int lane = threadIdx.x & 31, t = lane & 3, columns = m[0].columns, groups = (columns + G - 1) / G;
-    const u32 ring = shared_address(memory) + (threadIdx.x >> 5) * RING;
+    const int team = (threadIdx.x >> 5) / ACROSS, member = (threadIdx.x >> 5) % ACROSS;
+    u32 ring = shared_address(memory) + team * ACROSS * RING + member * CODES, to_tokens = (ACROSS - member) * CODES;
+    if (ACROSS > 1) asm volatile("" : "+r"(ring), "+r"(to_tokens));
+    using Part = Share<G, SPANS, NT, ARRANGED, ACROSS>;
+    const Part share(x, columns, x_stride, tokens, member, lane);
     const Tokens<G, ARRANGED> source(x, columns, x_stride, tokens, lane);
     Grid<BITS> coming[MATRICES][2];
     u32 grid[MATRICES][2];
@@ -309,15 +361,16 @@ __device__ __forceinline__ void accumulate(
                     Codes<BITS, G>::ask(place_of(at, k, i), lane, m[k % SEVERAL].codes, start[k / SEVERAL][i], columns, column_of(group, piece));
     };
     const auto ask_tokens = [&](u32 at, int group, int piece) {
-        if (TOKENS_TOO<NT, ARRANGED> && group < last)
+        if (group >= last) return;
+        if constexpr (ACROSS > 1) share.ask(at, group, piece * SPANS);
+        else
 #pragma unroll
-            for (int n = 0; n < NT; ++n)
-                source.template ask<SPANS>(at + CODES + n * SPANS * 512, n, group, piece * SPANS);
+            for (int n = 0; n < NT; ++n) source.template ask<SPANS>(at + n * SPANS * 512, n, group, piece * SPANS);
     };
-    __syncwarp();  // what an accumulation before this one left here has been read
+    meet<ACROSS>(team);  // what an accumulation before this one left here has been read
     if (first < last) {
 #pragma unroll
-        for (int d = 0; d < D; ++d) ask_codes(ring + d * BYTES, first + d / P * stride, d % P);
+        for (int d = 0; d < AHEAD; ++d) ask_codes(ring + d * BYTES, first + d / P * stride, d % P);
         fetch(first);
 #pragma unroll
         for (int k = 0; k < MATRICES; ++k)
@@ -331,11 +384,12 @@ __device__ __forceinline__ void accumulate(
     if (wait) wait_for_front();
     if (first >= last) return;
 #pragma unroll
-    for (int d = 0; d < D; ++d) {
-        ask_tokens(ring + d * BYTES, first + d / P * stride, d % P);
+    for (int d = 0; d < AHEAD; ++d) {
+        ask_tokens(ring + d * BYTES + to_tokens, first + d / P * stride, d % P);
         end_of_piece();  // the first one's has the codes of all
     }
-    int turn = 0, zero[MATRICES][2];
+    int turn = 0;
+    u32 zero[MATRICES][2];
     float step[MATRICES][2], off[MATRICES][2], found[MATRICES][NT][4], total[NT][4];
     const auto begin = [&](int group) {
         if (BITS == 16) return;
@@ -343,7 +397,7 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) grid[k][i] = coming[k][i].template packed<ORIGIN>(m[k % SEVERAL], place(k, i, group));
+                for (int i = 0; i < 2; ++i) grid[k][i] = coming[k][i].template packed<ORIGIN, MINUS>(m[k % SEVERAL], place(k, i, group));
             if (group + 4 * stride < last) fetch(group + 4 * stride);
         }
 #pragma unroll
@@ -353,7 +407,7 @@ __device__ __forceinline__ void accumulate(
                 const u32 here = __shfl_sync(0xFFFFFFFFu, grid[k][i], (lane & ~3) | turn);
                 step[k][i] = half_value(here >> 16) * unit[k][i];
                 if (LATER) off[k][i] = half_value(here & 0xFFFF);
-                else zero[k][i] = here & 0xFFFF;
+                else zero[k][i] = PLAIN ? here & 0xFFFF : permute(here, 0, 0x1010);
             }
         turn = (turn + 1) & 3;
 #pragma unroll
@@ -365,14 +419,7 @@ __device__ __forceinline__ void accumulate(
                 for (int k = 0; k < MATRICES; ++k) found[k][n][e] = 0.f;
             }
     };
-    // Those that do not are on their way one span ahead.
-    uint4 coming_tokens[NT];
-    const auto get_token = [&](int n, int group, int span) {
-        if (!TOKENS_TOO<NT, ARRANGED>) coming_tokens[n] = source.get(n, group + span / (G / 32) * stride, span % (G / 32));
-    };
-#pragma unroll
-    for (int n = 0; n < NT; ++n) get_token(n, first, 0);
-    const auto work = [&](const Codes<BITS, G> (&now)[MATRICES][2], u32 at, int group, int piece) {
+    const auto work = [&](const Codes<BITS, G> (&now)[MATRICES][2], u32 tokens_at) {
 #pragma unroll
         for (int s = 0; s < SPANS; ++s) {
             u32 a[MATRICES][2][4];
@@ -383,8 +430,8 @@ __device__ __forceinline__ void accumulate(
                     decode<BITS, HALF, G, LATER>(a[k][i], now[k][i], s, BITS == 16 || LATER ? 0 : zero[k][i]);
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-                const uint4 v = source.in_order(TOKENS_TOO<NT, ARRANGED> ? source.read(at + CODES + (n * SPANS + s) * 512, lane) : coming_tokens[n]);
-                get_token(n, group, piece * SPANS + s + 1);
+                constexpr int APART = ACROSS > 1 ? Part::APART : 512;
+                const uint4 v = source.in_order(source.read(tokens_at + (n * SPANS + s) * APART, lane));
 #pragma unroll
                 for (int k = 0; k < MATRICES; ++k) {
                     const u32 left[4] = {a[k][0][0], a[k][1][0], a[k][0][1], a[k][1][1]};
@@ -412,40 +459,50 @@ __device__ __forceinline__ void accumulate(
                     sums[k][n][e] += step[k][e >> 1] * value;
                 }
     };
-    u32 at = ring;
+    u32 at = ring, before = ring + (D - 1) * BYTES;
     for (int group = first; group < last; group += stride) {
         begin(group);
 #pragma unroll
         for (int piece = 0; piece < P; ++piece) {
             Codes<BITS, G> now[MATRICES][2];
-            wait_for_pieces<D - 1>();
+            wait_for_pieces<AHEAD - 1>();
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) now[k][i].read(place_of(at, k, i), lane, column_of(group, piece));
-            work(now, at, group, piece);
-            const int next = piece + D;
-            ask_codes(at, group + next / P * stride, next % P);
-            ask_tokens(at, group + next / P * stride, next % P);
-            end_of_piece();
-            at = at == ring + (D - 1) * BYTES ? ring : at + BYTES;
+            const int next = piece + AHEAD;
+            if constexpr (ACROSS == 1) {
+                work(now, at + to_tokens);
+                ask_codes(at, group + next / P * stride, next % P);
+                ask_tokens(at + to_tokens, group + next / P * stride, next % P);
+                end_of_piece();
+                at = at == ring + (D - 1) * BYTES ? ring : at + BYTES;
+            } else {
+                meet<ACROSS>(team);
+                ask_codes(before, group + next / P * stride, next % P);
+                ask_tokens(before + to_tokens, group + next / P * stride, next % P);
+                end_of_piece();
+                work(now, at + to_tokens);
+                before = at;
+                at = at == ring + (D - 1) * BYTES ? ring : at + BYTES;
+            }
         }
         end();
     }
 }
 
-// What the warps of a block found, one element after the other: finish(row of the tile, token, its sums).
-template <int RING, int MATRICES, int NT, int WARPS, class Finish>
+// What the warps of a block found, one element after the other: finish(row of the block's first tile, token, its sums).
+template <int RING, int MATRICES, int TALL, int NT, int WARPS, int ACROSS, class Finish>
 __device__ __forceinline__ void add_up(float (&sums)[MATRICES][NT][4], Finish finish) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     constexpr int TILES = NT == 1 ? 1 : 2;
     static_assert(MATRICES * TILES * 512 <= RING);
     // Every warp leaves its sums where its own codes were, of two tiles of tokens at a time.
     const auto part = [&](int w, int k, int place) { return (float*)(memory + w * RING) + (k * TILES * 4 + place) * 32; };
-    __syncwarp();
+    if (ACROSS == 1) __syncwarp();
 #pragma unroll
     for (int from = 0; from < NT; from += TILES) {
-        if (from) __syncthreads();
+        if (from || ACROSS > 1) __syncthreads();
 #pragma unroll
         for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
@@ -453,47 +510,48 @@ __device__ __forceinline__ void add_up(float (&sums)[MATRICES][NT][4], Finish fi
 #pragma unroll
                 for (int e = 0; e < 4; ++e) part(warp, k, n * 4 + e)[lane] = sums[k][from + n][e];
         __syncthreads();
-        for (int index = threadIdx.x; index < TILES * 4 * 32; index += WARPS * 32) {
-            const int place = index >> 5, of = index & 31;
+        for (int index = threadIdx.x; index < ACROSS * TILES * 4 * 32; index += WARPS * 32) {
+            const int member = (index >> 5) / (TILES * 4), place = (index >> 5) % (TILES * 4), of = index & 31;
             float total[MATRICES];
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k) {
                 total[k] = 0.f;
 #pragma unroll
-                for (int w = 0; w < WARPS; ++w) total[k] += part(w, k, place)[of];
+                for (int w = 0; w < WARPS; w += ACROSS) total[k] += part(w + member, k, place)[of];
             }
-            finish((of >> 2) + 8 * (place >> 1 & 1), (from + (place >> 2)) * 8 + (of & 3) * 2 + (place & 1), total);
+            finish(member * 16 * TALL + (of >> 2) + 8 * (place >> 1 & 1), (from + (place >> 2)) * 8 + (of & 3) * 2 + (place & 1), total);
         }
     }
 }
 
 // The rows of a lane, none beyond the last one.
-template <int TALL> __device__ __forceinline__ void rows_of(int (&row)[TALL][2], int first, int rows, int lane) {
+template <int TALL> __device__ __forceinline__ void rows_of(int (&row)[TALL][2], int first, int rows) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < TALL; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) row[j][i] = min(first + j * 16 + i * 8 + (lane >> 2), rows - 1);
 }
 
-template <int BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int TALL, int RING>
+template <int BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int ACROSS, int TALL, int RING>
 __device__ __forceinline__ void inner_block(
     const u16* x, u16* h, const Matrix& gate, const Matrix& up, const u16* gate_bias,
     const u16* up_bias, int block, int tokens, int x_stride
 ) {
     constexpr int SEVERAL = GATED ? 2 : 1;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = block * 16 * TALL, groups = (up.rows + G - 1) / G;
+    const int warp = threadIdx.x >> 5, first = block * 16 * TALL * ACROSS, groups = (up.rows + G - 1) / G;
     const int groups_in = (up.columns + G - 1) / G;
     int row[TALL][2];
-    rows_of<TALL>(row, first, up.rows, lane);
+    rows_of<TALL>(row, first + warp % ACROSS * 16 * TALL, up.rows);
     float sums[SEVERAL * TALL][NT][4] = {};
     if constexpr (GATED) {
         const Matrix both[2] = {up, gate};
-        accumulate<BITS, G, 2, TALL, NT, HALF, false, RING>(sums, both, row, x, x_stride, tokens, warp, groups_in, WARPS, false);
+        accumulate<BITS, G, 2, TALL, NT, HALF, false, ACROSS, RING>(sums, both, row, x, x_stride, tokens, warp / ACROSS, groups_in, WARPS / ACROSS, false);
     } else {
         const Matrix one[1] = {up};
-        accumulate<BITS, G, 1, TALL, NT, HALF, false, RING>(sums, one, row, x, x_stride, tokens, warp, groups_in, WARPS, false);
+        accumulate<BITS, G, 1, TALL, NT, HALF, false, ACROSS, RING>(sums, one, row, x, x_stride, tokens, warp / ACROSS, groups_in, WARPS / ACROSS, false);
     }
-    add_up<RING, SEVERAL * TALL, NT, WARPS>(sums, [&](int r, int token, float (&total)[SEVERAL * TALL]) {
+    add_up<RING, SEVERAL * TALL, TALL, NT, WARPS, ACROSS>(sums, [&](int r, int token, float (&total)[SEVERAL * TALL]) {
 #pragma unroll
         for (int j = 0; j < TALL; ++j) {
             const int neuron = first + j * 16 + r;
@@ -507,9 +565,9 @@ __device__ __forceinline__ void inner_block(
     });
 }
 
-// h = act(gate x) * (up x) of both branches, each arranged for `outer`; grid (blocks of 16 TALL neurons, blocks of NT tiles).
-template <int HEAVY_BITS, int REST_BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int TALL, int RING>
-__global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, false> + WARPS - 1) / WARPS) inner(
+// h = act(gate x) * (up x) of both branches, each arranged for `outer`; grid (blocks of 16 TALL ACROSS neurons, blocks of NT tiles).
+template <int HEAVY_BITS, int REST_BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int ACROSS, int TALL, int RING>
+__global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, (GATED ? 2 : 1) * TALL, false> + WARPS - 1) / WARPS) inner(
     const u16* x, u16* h,
     const u8* hg, const void* hgs, const u8* hgz, const u16* hgu, const u16* hgb,
     const u8* hu, const void* hus, const u8* huz, const u16* huu, const u16* hub,
@@ -521,22 +579,22 @@ __global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, false> + WARPS
     const int tile = blockIdx.y * NT, left = tokens - tile * 8, tiles = (tokens + 7) / 8;
     const long heavy_width = (long)(heavy + G - 1) / G * G, rest_width = (long)(rest + G - 1) / G * G;
     x += (long)tile * 8 * d_model;
-    const int heavy_blocks = (heavy + 16 * TALL - 1) / (16 * TALL), block = blockIdx.x;
+    const int heavy_blocks = (heavy + 16 * TALL * ACROSS - 1) / (16 * TALL * ACROSS), block = blockIdx.x;
     if constexpr (HEAVY_BITS != 0) {
         if (block < heavy_blocks) {
-            inner_block<HEAVY_BITS, G, NT, ACT, GATED, HALF, WARPS, TALL, RING>(
+            inner_block<HEAVY_BITS, G, NT, ACT, GATED, HALF, WARPS, ACROSS, TALL, RING>(
                 x, h + tile * 8 * heavy_width, {hg, hgs, hgz, hgu, heavy, d_model},
                 {hu, hus, huz, huu, heavy, d_model}, hgb, hub, block, left, d_model);
             return;
         }
     }
-    inner_block<REST_BITS, G, NT, ACT, GATED, HALF, WARPS, TALL, RING>(
+    inner_block<REST_BITS, G, NT, ACT, GATED, HALF, WARPS, ACROSS, TALL, RING>(
         x, h + tiles * 8 * heavy_width + tile * 8 * rest_width, {rg, rgs, rgz, rgu, rest, d_model},
         {ru, rus, ruz, ruu, rest, d_model}, rgb, rub, block - heavy_blocks, left, d_model);
 }
 
-// y = down h + bias over both branches; grid (blocks of 16 TALL outputs, blocks of NT tiles).
-template <int HEAVY_BITS, int REST_BITS, int G, int NT, bool HALF, int WARPS, int TALL, int RING>
+// y = down h + bias over both branches; grid (blocks of 16 TALL ACROSS outputs, blocks of NT tiles).
+template <int HEAVY_BITS, int REST_BITS, int G, int NT, bool HALF, int WARPS, int ACROSS, int TALL, int RING>
 __global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, true> + WARPS - 1) / WARPS) outer(
     const u16* h, u16* y, const u16* bias,
     const u8* hd, const void* hds, const u8* hdz, const u16* hdu,
@@ -545,21 +603,22 @@ __global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, true> + WARPS 
 ) {
     const int tile = blockIdx.y * NT, left = tokens - tile * 8, tiles = (tokens + 7) / 8;
     const int heavy_groups = (heavy + G - 1) / G, rest_groups = (rest + G - 1) / G;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.x * 16 * TALL;
+    constexpr int TEAMS = WARPS / ACROSS;
+    const int warp = threadIdx.x >> 5, team = warp / ACROSS, first = blockIdx.x * 16 * TALL * ACROSS;
     int row[TALL][2];
-    rows_of<TALL>(row, first, d_model, lane);
+    rows_of<TALL>(row, first + warp % ACROSS * 16 * TALL, d_model);
     float sums[TALL][NT][4] = {};
     if constexpr (HEAVY_BITS != 0) {
         const Matrix one[1] = {{hd, hds, hdz, hdu, d_model, heavy}};
         const u16* part = h + (long)tile * 8 * heavy_groups * G;
-        accumulate<HEAVY_BITS, G, 1, TALL, NT, HALF, true, RING>(sums, one, row, part, 0, left, warp, heavy_groups, WARPS, true);
+        accumulate<HEAVY_BITS, G, 1, TALL, NT, HALF, true, ACROSS, RING>(sums, one, row, part, 0, left, team, heavy_groups, TEAMS, true);
     }
-    // The warps take turns across both branches, so that none has two groups more than another.
+    // The teams take turns across both branches, so that none has two groups more than another.
     const Matrix one[1] = {{rd, rds, rdz, rdu, d_model, rest}};
-    const int turn = (warp + WARPS - heavy_groups % WARPS) % WARPS;
+    const int turn = (team + TEAMS - heavy_groups % TEAMS) % TEAMS;
     const u16* part = h + (long)tiles * 8 * heavy_groups * G + (long)tile * 8 * rest_groups * G;
-    accumulate<REST_BITS, G, 1, TALL, NT, HALF, true, RING>(sums, one, row, part, 0, left, turn, rest_groups, WARPS, HEAVY_BITS == 0);
-    add_up<RING, TALL, NT, WARPS>(sums, [&](int r, int token, float (&total)[TALL]) {
+    accumulate<REST_BITS, G, 1, TALL, NT, HALF, true, ACROSS, RING>(sums, one, row, part, 0, left, turn, rest_groups, TEAMS, HEAVY_BITS == 0);
+    add_up<RING, TALL, TALL, NT, WARPS, ACROSS>(sums, [&](int r, int token, float (&total)[TALL]) {
 #pragma unroll
         for (int j = 0; j < TALL; ++j) {
             const int out = first + j * 16 + r;
