@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ffsplit.ffn import merged
 from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
-from ffsplit.kernels import cpu_int4
+from ffsplit.kernels import cache, cpu, cpu_int4
 from ffsplit.kernels.dispatch import reference_only
 from ffsplit.ops.rounding import round_to_nearest
 
@@ -35,7 +36,7 @@ def stored(kind: str, rows: int, columns: int) -> Projection:
     return Packed.from_codes(codes, grid, bits=bits, group=64)
 
 
-def ffn(*kinds: str, gated: bool = True, bias: bool = True) -> SumFFN:
+def ffn(*kinds: str, gated: bool = True, bias: bool = True, wide: int = 1) -> SumFFN:
     torch.manual_seed(len(kinds))
 
     def branch(kind: str, neurons: int) -> Branch:
@@ -44,7 +45,7 @@ def ffn(*kinds: str, gated: bool = True, bias: bool = True) -> SumFFN:
         return Branch(nn.SiLU(), up, down, stored(kind, neurons, D_MODEL) if gated else None, *biases)
 
     return SumFFN(
-        D_MODEL, [branch(kind, NEURONS * (1 + 2 * i)) for i, kind in enumerate(kinds)], bias=torch.randn(D_MODEL)
+        D_MODEL, [branch(kind, wide * NEURONS * (1 + 2 * i)) for i, kind in enumerate(kinds)], bias=torch.randn(D_MODEL)
     )
 
 
@@ -100,7 +101,8 @@ def test_what_cannot_or_need_not_be_merged_is_not() -> None:
         (ffn("dense", "low_rank"), few),
         (ffn("8", "4"), few),  # 8 bits in float32
         (ffn("dense").bfloat16(), few.bfloat16()),
-        (ffn("4", "4"), many),
+        (ffn("low_rank", "4"), many),
+        (ffn("4", gated=False), many),  # two matrices
         (ffn("4", "4"), few[:0]),
     ):
         wanted = exact(module, x)
@@ -110,6 +112,56 @@ def test_what_cannot_or_need_not_be_merged_is_not() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(module(few), exact(module, few)) < ROUNDED
     assert module.merged.is_empty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("kinds", [("4",), ("8", "4"), ("8", "3", "2"), ("dense", "4")], ids="+".join)
+@torch.no_grad()
+def test_many_tokens_are_multiplied_by_merged_decoded_matrices(
+    kinds: tuple[str, ...], fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "FAST_BFLOAT16", fast)
+    monkeypatch.setattr(cpu, "SLOW_BFLOAT16", not fast)
+    module, x = ffn(*kinds, wide=5).to(dtype), torch.randn(60, D_MODEL).to(dtype)
+    room = cache.decoded_room(x.device)
+    found = module(x)
+    assert found.dtype == dtype
+    exactly = dtype == torch.float32 and (not fast or kinds == ("8",))
+    assert error(found, exact(module, x)) < (1e-5 if exactly else ROUNDED)
+    assert not module.merged.is_empty
+    assert cache.decoded_room(x.device) < room
+    assert all(branch.up.derived.is_empty for branch in module._branches() if isinstance(branch.up, Packed))
+    handle = module._branches()[0].register_forward_hook(lambda _branch, _inputs, out: out * 2)
+    assert error(module(x), exact(module, x)) < ROUNDED
+    assert not torch.equal(module(x), found)
+    handle.remove()
+    for branch in module._branches():
+        if isinstance(branch.up, Packed):
+            branch.up.codes.bitwise_not_()
+    assert error(module(x), exact(module, x)) < ROUNDED
+    module.merged.drop()
+    cache.set_decoded_limit(0)
+    try:
+        assert error(module(x), exact(module, x)) < ROUNDED
+        assert module.merged.is_empty
+    finally:
+        cache.set_decoded_limit(None)
+
+
+@needs_int4
+@torch.no_grad()
+def test_few_and_many_tokens_in_turns_keep_both_forms() -> None:
+    module, few, many = ffn("4", "4", wide=5).bfloat16(), torch.randn(2, D_MODEL), torch.randn(60, D_MODEL)
+    made = []
+    for x in (few, many, few, many):
+        x = x.bfloat16()
+        assert error(module(x), exact(module, x)) < ROUNDED
+        made.append(dict(module.merged._made))
+    assert made[1] == made[2] == made[3]
+    assert set(made[1]) == {False, True}
+    assert module.merged.get(few, module._branches()) is not None
+    assert set(module.merged._made) == {False}, "what was made for another dtype is gone"
 
 
 def test_gradients_reach_biases_weights_and_inputs() -> None:
@@ -174,3 +226,64 @@ def test_export_with_any_number_of_tokens_sees_the_branches() -> None:
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=1)},))
     more = torch.randn(70, D_MODEL)
     torch.testing.assert_close(program.module()(more).double(), exact(module, more), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_on_a_gpu_floats_are_merged_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, room = torch.device("cuda"), 1 << 30
+    monkeypatch.setattr(merged, "decoded_room", lambda _device: room)
+    for kinds in (("dense", "low_rank"), ("low_rank", "dense", "low_rank")):
+        module, x = ffn(*kinds), torch.randn(60, D_MODEL)
+        branches = module._branches()
+        made = merged._merge(branches, x.dtype, gpu)
+        assert made is not None
+        assert made.most_tokens > 1 << 40
+        assert len(made.inner) == len(made.outer) == 1
+        found = merged._run(x, branches, made) + module.bias
+        assert error(found, exact(module, x)) < 1e-5
+    assert merged._merge(ffn("dense", "4")._branches(), torch.bfloat16, gpu) is None, "int4 kernels are of the CPU"
+    assert merged._merge(ffn("low_rank")._branches(), torch.float32, gpu) is None
+    room = 1000
+    assert merged._merge(branches, torch.float32, gpu) is None
+
+
+@torch.no_grad()
+def test_nothing_is_merged_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = ffn("dense", "low_rank").bfloat16(), torch.randn(2, D_MODEL).bfloat16()
+    capturing = True
+    monkeypatch.setattr(merged, "is_capturing", lambda _device: capturing)
+    assert module.merged.get(x, module._branches()) is None
+    assert module.merged.is_empty
+    capturing = False
+    made = module.merged.get(x, module._branches())
+    capturing = True
+    assert module.merged.get(x, module._branches()) is made is not None
+
+
+@torch.no_grad()
+def test_layers_that_took_a_projections_place_are_called() -> None:
+    for dtype, tokens in ((torch.float32, 60), (torch.bfloat16, 2)):
+        module, x = ffn("dense", "4", wide=5).to(dtype), torch.randn(tokens, D_MODEL).to(dtype)
+        wrapped = nn.Linear(D_MODEL, 5 * NEURONS, bias=False, dtype=dtype)
+        module._branches()[0].up = wrapped
+        first, second = (branch(x) for branch in module._branches())
+        torch.testing.assert_close(module(x), first + second + module.bias, rtol=2e-2, atol=2e-2)
+        assert module.merged.is_empty
+
+
+@torch.no_grad()
+def test_a_sum_of_nothing_is_its_bias() -> None:
+    module = SumFFN(D_MODEL, [], bias=torch.randn(D_MODEL))
+    for tokens in (1, 60):
+        assert torch.equal(module(torch.randn(tokens, D_MODEL)), module.bias.expand(tokens, -1))
+
+
+def test_hooks_inside_are_seen() -> None:
+    module = ffn("dense", "low_rank")
+    assert not merged._have_hooks(module._branches())
+    for inside in (module._branches()[1], module._branches()[0].down):
+        for register in (inside.register_forward_hook, inside.register_forward_pre_hook):
+            handle = register(lambda *_: None)
+            assert merged._have_hooks(module._branches())
+            handle.remove()
+    assert not merged._have_hooks(module._branches())

@@ -135,29 +135,34 @@ def test_bfloat16_is_fast_with_tiles_and_on_amds() -> None:
     assert cpu.slow_in_bfloat16({"architecture": "x86_64"})
     assert not cpu.slow_in_bfloat16(x86 | {"cpu_name": "Intel Xeon", "amx_bf16": True})
     assert not cpu.slow_in_bfloat16(x86 | {"cpu_name": "AMD EPYC"})
-    assert not cpu.slow_in_bfloat16({"architecture": "aarch64"})
-    assert not cpu.slow_in_bfloat16({})
+    for unknown in ({"architecture": "aarch64"}, {}):
+        assert not cpu.slow_in_bfloat16(unknown)
+        assert not cpu.fast_in_bfloat16(unknown)
 
 
 def test_a_slow_cpu_does_not_decide_for_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SLOW_BFLOAT16", True)
     for device, expected in (("cpu", torch.float32), ("meta", torch.bfloat16)):
-        assert cpu.product_dtype(torch.empty(1, dtype=torch.bfloat16, device=device)) == expected
+        found = cpu.product_dtype(torch.empty(1, dtype=torch.bfloat16, device=device), may_round=False)
+        assert found == expected
 
 
-@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("speed", ["slow", "fast", "unknown"])
+@pytest.mark.parametrize("bits", [4, 8])
 @torch.no_grad()
-def test_either_dtype_of_the_product_is_right(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "SLOW_BFLOAT16", slow)
-    stored = packed(4)
-    for dtype in (torch.bfloat16, torch.float16):
+def test_the_product_is_right_in_the_dtype_that_is_fast(bits: int, speed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SLOW_BFLOAT16", speed == "slow")
+    monkeypatch.setattr(cpu, "FAST_BFLOAT16", speed == "fast")
+    stored = packed(bits)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(40, 256).to(dtype)
         found = stored(x)
         assert found.dtype == dtype
-        assert error(found, exact(stored, x)) < ROUNDED
-        assert stored.derived.holds(
-            (Path.DECODED, torch.float32 if slow else dtype), (stored.codes, stored.scale, stored.zero)
-        )
+        rounded = speed == "fast" and (bits == 4 or dtype == torch.bfloat16)
+        exactly = dtype == torch.float32 and not rounded
+        assert error(found, exact(stored, x)) < (1e-5 if exactly else ROUNDED)
+        wanted = torch.bfloat16 if rounded else torch.float32 if speed == "slow" else dtype
+        assert stored.derived.holds((Path.DECODED, wanted), (stored.codes, stored.scale, stored.zero))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -186,7 +191,8 @@ def test_what_is_kept_follows_what_is_stored(change: Any, tokens: int) -> None:
 
 
 @torch.no_grad()
-def test_what_is_kept_is_made_once_and_is_no_state() -> None:
+def test_what_is_kept_is_made_once_and_is_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FAST_BFLOAT16", False)
     stored = packed(4)
     x = torch.randn(40, 256)
     names = set(stored.state_dict())
@@ -202,7 +208,10 @@ def test_what_is_kept_is_made_once_and_is_no_state() -> None:
 
 
 @torch.no_grad()
-def test_without_room_decoded_matrices_are_not_kept_and_the_numbers_are_the_same() -> None:
+def test_without_room_decoded_matrices_are_not_kept_and_the_numbers_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "FAST_BFLOAT16", False)
     x = torch.randn(40, 256)
     kept, not_kept = packed(4), packed(4)
     room = cache.decoded_room(torch.device("cpu"))

@@ -1,17 +1,20 @@
-"""All branches of a sum in few products, for few tokens: there every product costs something whatever its size.
+"""All branches of a sum in few products, where every product costs something whatever its size.
 
 Matrices that are given the same inputs stand below each other in one matrix: the ``up`` and ``gate`` of all branches,
 of low-rank ones their first factors. Matrices whose outputs are added stand beside each other: the ``down`` of all
-branches, of low-rank ones their last factors. Float matrices are merged with float ones, packed ones (as far as the
-CPU's int4 kernel takes them) with packed ones.
+branches, of low-rank ones their last factors. Float matrices are merged with float ones, packed ones with packed ones:
+for few tokens as codes (as far as the CPU's int4 kernel takes them), for many decoded.
 
 The merged matrices are copies. Packed ones take the place of those that the kernel would need anyway. Float ones cost
-memory: of a heavy dense and a low-rank branch, all but the factors that are neither first nor last. They are made where
-they were measured to pay: in half precision, and for very few tokens.
+memory: of a heavy dense and a low-rank branch, all but the factors that are neither first nor last. On CPUs they are
+made where they were measured to pay: in half precision, and for few tokens. On GPUs, where nine products of a few
+microseconds each take their turns, they are made for any number of tokens, as far as there is room for decoded
+matrices.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,16 +26,16 @@ from torch.nn.functional import linear
 
 from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
 from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
-from ffsplit.kernels import cpu_int4
-from ffsplit.kernels.cache import State, state_of
+from ffsplit.kernels import cpu, cpu_int4
+from ffsplit.kernels.cache import State, counted, decoded_room, is_capturing, state_of
 from ffsplit.kernels.cpu_int4 import Int4Matrix, Int4Parts, int4_linear, int4_matrix, joined
 from ffsplit.kernels.dispatch import FLOATS, SMALLEST, is_traced, takes_kernels
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
-MOST_TOKENS = 4
-"""Up to how many tokens merging float matrices is worth their copies."""
+MOST_TOKENS = 128 if cpu.TILES else 4
+"""Up to how many tokens merging float matrices is worth their copies: the faster products are, the more."""
 MOST_EVER = max(MOST_TOKENS, *cpu_int4.MOST_TOKENS.values())
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 Piece = Tensor | Int4Parts
@@ -43,7 +46,7 @@ class Product:
     """One product in place of several.
 
     Attributes:
-        matrix: merged.
+        matrix: merged; one of floats may have a dtype of its own.
         sizes: rows (or columns) of each of the matrices in it.
         places: whose outputs (or inputs) these are.
     """
@@ -53,16 +56,26 @@ class Product:
     places: tuple[int, ...]
 
     def __call__(self, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
-        return linear(x, self.matrix) if isinstance(self.matrix, Tensor) else int4_linear(x, self.matrix)
+        if not isinstance(self.matrix, Tensor):
+            return int4_linear(x, self.matrix)
+        return linear(x.to(self.matrix.dtype), self.matrix).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class MergedSum:
-    """The products of a sum, of its inputs and of its hidden activations; for how many tokens these are worth it."""
+    """The products of a sum.
+
+    Attributes:
+        inner: of its inputs.
+        outer: of its hidden activations.
+        most_tokens: for how many these are worth it.
+        decoded: whether packed matrices are in there decoded.
+    """
 
     inner: tuple[Product, ...]
     outer: tuple[Product, ...]
     most_tokens: int
+    decoded: bool
 
 
 @dataclass(frozen=True)
@@ -91,10 +104,11 @@ class Watched:
 
 
 class MergedCache:
-    """Merged matrices of one sum by dtype; empty in copies and pickles, in no ``state_dict``."""
+    """Merged matrices of one sum, for few tokens and for many; empty in copies and pickles, in no ``state_dict``."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[torch.dtype, str], Watched] = {}
+        self._kind: tuple[torch.dtype, str] | None = None
+        self._made: dict[bool, Watched] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -105,13 +119,19 @@ class MergedCache:
         """Forget everything; what is asked for next is made anew."""
         self._made = {}
 
-    def get(self, x: Tensor, branches: Sequence[Branch]) -> MergedSum | None:
-        """For inputs like these; None if it cannot or need not be."""
-        key = x.dtype, torch.get_float32_matmul_precision()
-        watched = self._made.get(key)
-        if watched is None or not watched.is_current(branches):
-            self.drop()
-            watched = self._made[key] = _watched(x, branches)
+    def get(self, x: Tensor, branches: Sequence[Branch], *, decoded: bool = False) -> MergedSum | None:
+        """For inputs like these, packed matrices decoded or not; None if it cannot or need not be."""
+        kind = x.dtype, torch.get_float32_matmul_precision()
+        watched = self._made.get(decoded)
+        if watched is None or kind != self._kind or not watched.is_current(branches):
+            # More tokens have no use for codes, and what is made during a capture would be there in replays only.
+            too_many = not decoded and x.numel() > most_tokens(branches, x.device) * x.shape[-1]
+            if too_many or is_capturing(x.device):
+                return None
+            if watched is not None or kind != self._kind:
+                self.drop()
+            self._kind = kind
+            watched = self._made[decoded] = _watched(x, branches, decoded)
         return watched.merged
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergedCache:
@@ -127,19 +147,34 @@ def merged_sum(
     """``sum_b branch_b(x)`` in merged products; None if these branches, inputs or circumstances do not allow it.
 
     Where gradients are recorded it is None: biases and activations may have some. The branches' own modules are not
-    called, so hooks on them do not run.
+    called, so hooks on them do not run; for many tokens, and for any number on GPUs, a sum with hooks inside is left as
+    it is.
     """
-    if is_traced() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in FLOATS:
+    device = x.device.type
+    if not branches or is_traced() or torch.is_grad_enabled() or device not in ("cpu", "cuda") or x.dtype not in FLOATS:
         return None
-    if x.numel() > MOST_EVER * x.shape[-1] or torch.is_autocast_enabled("cpu") or not takes_kernels(x, ()):
+    if torch.is_autocast_enabled(device) or not takes_kernels(x, ()):
         return None
-    merged = cache.get(x, branches)
-    if merged is None or x.numel() > merged.most_tokens * x.shape[-1]:
+    tokens = x.numel() // x.shape[-1]
+    many = tokens > cpu_int4.most_tokens(cpu_int4.HALF)  # all codes are decoded for these
+    # Many tokens pass through models whose insides are looked at, few through models that are used.
+    if (device == "cuda" or many) and _have_hooks(branches):
         return None
-    return _run(x.reshape(-1, x.shape[-1]), branches, merged).view(x.shape)
+    merged = cache.get(x, branches) if device == "cuda" or tokens <= MOST_EVER else None
+    if merged is None or tokens > merged.most_tokens:
+        merged = cache.get(x, branches, decoded=True) if device == "cpu" and many else None
+    return None if merged is None else _run(x.reshape(-1, x.shape[-1]), branches, merged).view(x.shape)
 
 
-def _watched(x: Tensor, branches: Sequence[Branch]) -> Watched:
+def _have_hooks(branches: Sequence[Branch]) -> bool:
+    return any(
+        module is not None and (module._forward_hooks or module._forward_pre_hooks)
+        for branch in branches
+        for module in (branch, *branch._modules.values())
+    )
+
+
+def _watched(x: Tensor, branches: Sequence[Branch], decoded: bool) -> Watched:
     """Merge, and remember what everything was made from."""
     places: list[Place] = []
     tensors: list[Tensor] = []
@@ -149,7 +184,8 @@ def _watched(x: Tensor, branches: Sequence[Branch]) -> Watched:
             for named in (projection._parameters, projection._buffers, projection._modules):
                 places += [(named, name) for name in named]
                 tensors += [it for it in named.values() if isinstance(it, Tensor)]
-    merged = _merge(branches, x.dtype) if takes_kernels(x, tensors) else None
+    made = _merge_decoded if decoded else _merge
+    merged = made(branches, x.dtype, x.device) if takes_kernels(x, tensors) else None
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
     return Watched(merged, tuple(branches), held_at(places), tracked, state_of(tracked))
 
@@ -161,7 +197,7 @@ def _run(
     for product in merged.inner:
         outputs.update(zip(product.places, _split(product(x), product.sizes), strict=True))
     hidden = [
-        _before_outer(branch.down, branch.hidden_of(*_inner_outputs(branch, outputs, 2 * index)))
+        _before_outer(branch.down, merged.decoded, branch.hidden_of(*_inner_outputs(branch, outputs, 2 * index)))
         for index, branch in enumerate(branches)
     ]
     total: Tensor | None = None
@@ -186,52 +222,102 @@ def _inner_outputs(branch: Branch, outputs: dict[int, Tensor], first: int) -> tu
     return whole(branch.up, first), None if branch.gate is None else whole(branch.gate, first + 1)
 
 
-def _before_outer(down: Projection, hidden: Float[Tensor, "tokens neurons"]) -> Float[Tensor, "tokens columns"]:
+def _before_outer(
+    down: Projection, decoded: bool, hidden: Float[Tensor, "tokens neurons"]
+) -> Float[Tensor, "tokens columns"]:
     """What the merged matrix of all `down` is given of one branch."""
     if isinstance(down, LowRank):
         return linear(hidden, down.b)
-    if isinstance(down, Packed) and cpu_int4.halves(down.spec.bits) == 2:
+    if isinstance(down, Packed) and not decoded and cpu_int4.halves(down.spec.bits) == 2:
         return torch.cat([hidden, hidden], 1)
     return hidden
 
 
 @torch.no_grad()
-def _merge(branches: Sequence[Branch], dtype: torch.dtype) -> MergedSum | None:
-    """The merged matrices; None if there is nothing to merge, or something that cannot be."""
+def _merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
+    """The merged matrices; None if there is nothing to merge, or something that cannot be, or no room for it."""
     projections = [projection for branch in branches for projection in _projections(branch)]
-    pays = len(branches) > 1 and dtype in HALF_PRECISION
+    on_cpu = device.type == "cpu"
+    pays = len(branches) > 1 and (dtype in HALF_PRECISION or not on_cpu)
     if not pays and not all(isinstance(projection, Packed) for projection in projections):
         return None
-    weights = sum(projection.spec.shape[0] * projection.spec.shape[1] for projection in projections)
-    mergeable = all(_is_mergeable(projection, dtype) for projection in projections)
-    if not branches or not mergeable or weights < SMALLEST or any(branch.selector is not None for branch in branches):
+    mergeable = all(_is_mergeable(projection, dtype, on_cpu) for projection in projections)
+    if not mergeable or any(branch.selector is not None for branch in branches):
         return None
+    if sum(projection.spec.shape[0] * projection.spec.shape[1] for projection in projections) < SMALLEST:
+        return None
+    inner, outer = _placed(branches)
+    pieces = [(place, _first(it)) for place, it in inner], [(place, _last(it)) for place, it in outer]
+    copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor))
+    if not on_cpu and copied > decoded_room(device):
+        return None
+    inner_products, outer_products = (_products(pieces[dim], dim, count=not on_cpu) for dim in (0, 1))
+    return MergedSum(inner_products, outer_products, most_tokens(branches, device), decoded=False)
+
+
+@torch.no_grad()
+def _merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
+    """The matrices of packed (and dense) branches, each decoded into the dtype in which it is multiplied fastest."""
+    projections = [projection for branch in branches for projection in _projections(branch)]
+    known = all(type(it) is Packed or (type(it) is Dense and it.weight.dtype == dtype) for it in projections)
+    several = len(projections) > 2 and any(type(it) is Packed for it in projections)
+    if not known or not several or any(branch.selector is not None for branch in branches):
+        return None
+    sizes = [projection.spec.shape[0] * projection.spec.shape[1] for projection in projections]
+    if max(sizes) < SMALLEST:
+        return None
+    wanted = [_product_dtype(projection, dtype, device) for projection in projections]
+    if sum(size * kind.itemsize for size, kind in zip(sizes, wanted, strict=True)) > decoded_room(device):
+        return None
+
+    def products(placed: Sequence[tuple[int, Projection]], dim: int) -> tuple[Product, ...]:
+        pieces = [(place, _decoded(it, _product_dtype(it, dtype, device))) for place, it in placed]
+        return _products(pieces, dim, count=True)
+
+    inner, outer = _placed(branches)
+    return MergedSum(products(inner, 0), products(outer, 1), sys.maxsize, decoded=True)
+
+
+def _placed(branches: Sequence[Branch]) -> tuple[list[tuple[int, Projection]], list[tuple[int, Projection]]]:
+    """What is given the inputs, by the place of its outputs, and what gives outputs, by that of its inputs."""
     inner: list[tuple[int, Projection]] = []
     for index, branch in enumerate(branches):
         inner += [(2 * index, branch.up)] + ([] if branch.gate is None else [(2 * index + 1, branch.gate)])
-    outer = [(index, branch.down) for index, branch in enumerate(branches)]
-    return MergedSum(
-        _products([(place, _first(projection)) for place, projection in inner], 0),
-        _products([(place, _last(projection)) for place, projection in outer], 1),
-        _most_tokens(projections),
-    )
+    return inner, [(index, branch.down) for index, branch in enumerate(branches)]
 
 
-def _products(pieces: Sequence[tuple[int, Piece]], dim: int) -> tuple[Product, ...]:
-    """One product for all float pieces, and one for all packed ones that fit below or beside each other."""
-    kinds: dict[int, list[tuple[int, Piece]]] = {}
+def _product_dtype(projection: Projection, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if not isinstance(projection, Packed):
+        return dtype
+    rounded = cpu_int4.is_precise_enough(dtype, projection.spec.bits)
+    return cpu.product_dtype(torch.empty(0, dtype=dtype, device=device), may_round=rounded)
+
+
+def _decoded(projection: Projection, dtype: torch.dtype) -> Tensor:
+    if isinstance(projection, Packed):
+        return projection.stored().dense(dtype)
+    assert isinstance(projection, Dense)
+    return projection.weight.detach()
+
+
+def _products(pieces: Sequence[tuple[int, Piece]], dim: int, *, count: bool) -> tuple[Product, ...]:
+    """One product for all float pieces of a dtype, and one for all packed ones that fit below or beside each other."""
+    kinds: dict[torch.dtype | int, list[tuple[int, Piece]]] = {}
     for place, piece in pieces:
-        kind = 0 if isinstance(piece, Tensor) else piece.halves if dim == 0 else 1
+        kind = piece.dtype if isinstance(piece, Tensor) else piece.halves if dim == 0 else 1
         kinds.setdefault(kind, []).append((place, piece))
-    return tuple(_product([p for _, p in group], tuple(place for place, _ in group), dim) for group in kinds.values())
+    groups = (([piece for _, piece in group], tuple(place for place, _ in group)) for group in kinds.values())
+    return tuple(_product(*group, dim, count) for group in groups)
 
 
-def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int) -> Product:
+def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int, count: bool) -> Product:
     floats = [piece for piece in pieces if isinstance(piece, Tensor)]
     packed = [piece for piece in pieces if isinstance(piece, Int4Parts)]
     sizes = [(piece if isinstance(piece, Tensor) else piece.codes).shape[dim] for piece in pieces]
-    matrix = torch.cat(floats, dim) if floats else int4_matrix(joined(packed, dim))
-    return Product(matrix, sizes, places)
+    if not floats:
+        return Product(int4_matrix(joined(packed, dim)), sizes, places)
+    matrix = torch.cat(floats, dim)
+    return Product(counted(matrix) if count else matrix, sizes, places)
 
 
 def _first(projection: Projection) -> Piece:
@@ -251,16 +337,19 @@ def _whole(projection: Projection) -> Piece:
     return projection.weight.detach()
 
 
-def _is_mergeable(projection: Projection, dtype: torch.dtype) -> bool:
+def _is_mergeable(projection: Projection, dtype: torch.dtype, on_cpu: bool) -> bool:
     if isinstance(projection, Packed):
         spec = projection.spec
-        fits = cpu_int4.fits(spec.shape, spec.group) and cpu_int4.is_precise_enough(dtype, spec.bits)
+        fits = on_cpu and cpu_int4.fits(spec.shape, spec.group) and cpu_int4.is_precise_enough(dtype, spec.bits)
         return fits and projection.input_scale is None
     return type(projection) in (Dense, LowRank) and next(projection.parameters()).dtype == dtype
 
 
-def _most_tokens(projections: Sequence[Projection]) -> int:
+def most_tokens(branches: Sequence[Branch], device: torch.device) -> int:
     """Up to how many tokens the int4 kernel is the faster way for every packed matrix, and merging for the others."""
+    if device.type != "cpu":
+        return sys.maxsize
+    projections = [projection for branch in branches for projection in _projections(branch)]
     packed = [projection for projection in projections if isinstance(projection, Packed)]
     limits = [cpu_int4.most_tokens(projection.spec.bits) for projection in packed]
     return min(limits) if len(packed) == len(projections) else min([MOST_TOKENS, *limits])

@@ -13,13 +13,17 @@ def _capabilities() -> dict[str, Any]:
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def slow_in_bfloat16(told: dict[str, Any]) -> bool:
-    """Whether products of matrices are faster in float32 than in bfloat16, rounding included.
+def fast_in_bfloat16(told: dict[str, Any]) -> bool:
+    """Whether products of matrices are known to be several times faster in bfloat16 than in float32, rounding included.
 
-    So it is on x86 with neither tiles (AMX) nor AMD's dot products in bfloat16; Intel's take longer than float32 ones.
+    So it is on x86 with tiles (AMX) or AMD's dot products in bfloat16; Intel's take longer than float32 ones.
     """
-    fast = told.get("amx_bf16") or (told.get("avx512_bf16") and "AMD" in str(told.get("cpu_name")))
-    return told.get("architecture") == "x86_64" and not fast
+    return bool(told.get("amx_bf16") or (told.get("avx512_bf16") and "AMD" in str(told.get("cpu_name"))))
+
+
+def slow_in_bfloat16(told: dict[str, Any]) -> bool:
+    """Whether products of matrices are faster in float32 than in bfloat16: on any other x86."""
+    return told.get("architecture") == "x86_64" and not fast_in_bfloat16(told)
 
 
 def adds_in_16_bits(told: dict[str, Any]) -> bool:
@@ -34,10 +38,19 @@ def adds_in_16_bits(told: dict[str, Any]) -> bool:
 CAPABILITIES = _capabilities()
 SATURATES = adds_in_16_bits(CAPABILITIES)
 VECTORS = torch.backends.cpu.get_cpu_capability()
+FAST_BFLOAT16 = fast_in_bfloat16(CAPABILITIES)
 SLOW_BFLOAT16 = slow_in_bfloat16(CAPABILITIES)
+TILES = bool(CAPABILITIES.get("amx_bf16"))
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype these inputs are best multiplied by a matrix that may be decoded into any."""
+def product_dtype(x: Tensor, *, may_round: bool) -> torch.dtype:
+    """In which dtype these inputs are best multiplied by a matrix that may be decoded into any.
+
+    Args:
+        x: the inputs.
+        may_round: whether rounding inputs and outputs to bfloat16 costs nothing that counts beside the matrix's own.
+    """
+    if x.device.type == "cpu" and FAST_BFLOAT16 and may_round:
+        return torch.bfloat16
     slow = SLOW_BFLOAT16 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if slow else x.dtype

@@ -6,8 +6,9 @@ multiplied by the inputs twice, at the bytes of 8 bits. Larger groups are cut in
 
 Codes are exact. Scales, inputs and outputs are rounded to bfloat16 (sums are float32): an error of the size that any
 product in bfloat16 has, 0.3 % of the output. Up to 6 bits that is at most an eighth of what rounding normal weights to
-their codes costs (a thirtieth for 4 bits in groups of 128), so modules in float32 and float16 take the kernel too. For
-7 and 8 bits it is a quarter and a half; these do so if ``torch.set_float32_matmul_precision`` is not at "highest".
+their codes costs (a thirtieth for 4 bits in groups of 128), so modules in float32 and float16 take the kernel too, and,
+for many tokens, a product in bfloat16 where that is the fast one. For 7 and 8 bits it is a quarter and a half; these do
+so if ``torch.set_float32_matmul_precision`` is not at "highest".
 """
 
 from __future__ import annotations

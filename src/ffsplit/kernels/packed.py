@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.cpu import product_dtype
-from ffsplit.kernels.cpu_int4 import Int4Parts, int4_linear, int4_matrix, int4_parts
+from ffsplit.kernels.cpu_int4 import Int4Parts, int4_linear, int4_matrix, int4_parts, is_precise_enough
 from ffsplit.kernels.dispatch import Path, as_autocast, packed_path
 from ffsplit.ops.packing import unpack
 from ffsplit.ops.rounding import scale_unit
@@ -129,8 +129,8 @@ def packed_linear(
     """``x W^T`` for a packed ``W``, by whichever way is the fastest for so many tokens; gradients flow to ``x``.
 
     What is kept beside the stored codes: for the int4 kernel half a byte a weight (one above 4 bits), made when few
-    tokens first come; for many tokens the decoded matrix in the dtype of ``x``, as far as
-    :func:`ffsplit.kernels.cache.set_decoded_limit` leaves room for it.
+    tokens first come; for many tokens the decoded matrix in the dtype of ``x``, or the one in which the CPU multiplies
+    fastest, as far as :func:`ffsplit.kernels.cache.set_decoded_limit` leaves room for it.
     """
     path = packed_path(x, matrix.shape, bits=matrix.bits, group=matrix.group, sources=matrix.sources)
     if path is Path.REFERENCE:
@@ -141,7 +141,9 @@ def packed_linear(
             inputs = (inputs.float() * matrix.input_scale.view(torch.float16).float()).to(inputs.dtype)
         return int4_linear(inputs, cache.get(path, matrix.sources, lambda: int4_matrix(matrix.int4())))
     # Autocast would cast the decoded matrix at every forward.
-    dtype = inputs.dtype if torch.is_autocast_enabled(x.device.type) else product_dtype(inputs)
+    rounded = is_precise_enough(inputs.dtype, matrix.bits)
+    kept = torch.is_autocast_enabled(x.device.type)
+    dtype = inputs.dtype if kept else product_dtype(inputs, may_round=rounded)
     return linear(inputs.to(dtype), _kept_dense(matrix, dtype, cache)).to(inputs.dtype)
 
 
