@@ -127,6 +127,9 @@ def rows() -> Iterator[Row]:
         for seed in SEEDS:
             yield from block(encoder, "agnews", "dense", DENSE, (seed,))
             yield from block(encoder, "agnews", "43.1", MAIN, (seed,))
+    for task in ("sst2", "agnews"):
+        for way in ("ffsplit-general", "best-general"):
+            yield from block("mpnet", task, "43.1", (way,), SEEDS)
 
 
 def keep_of(model: PreTrainedModel, encoder: str, budget: str) -> float:
