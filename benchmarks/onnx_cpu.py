@@ -122,7 +122,7 @@ def sums(d_model: int, d_ff: int, gated: bool) -> dict[str, SumFFN]:
 
 
 def ffn_rows(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
-    flush = np.zeros(FLUSH_BYTES // 4, dtype=np.float32)
+    flush = np.ones(FLUSH_BYTES // 4, dtype=np.float32)  # zeros would be one page, read again and again
     for d_model, d_ff, gated in SHAPES:
         torch.manual_seed(0)
         made = sums(d_model, d_ff, gated)

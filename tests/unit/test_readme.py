@@ -36,6 +36,13 @@ def test_the_tables_of_tasks_are_those_that_were_measured() -> None:
         assert module.updated(text, lines) == text, f"{page.name}: run benchmarks/glue_table.py"
 
 
+def test_the_tables_of_speed_are_those_that_were_measured() -> None:
+    module = script("speed_table")
+    for name, (page, _, _) in module.TABLES.items():
+        text = page.read_text(encoding="utf-8")
+        assert module.updated(text, name) == text, f"{page.name}: run benchmarks/speed_table.py"
+
+
 def test_links_and_commands_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
