@@ -14,7 +14,7 @@ from ffsplit.ffn import merged
 from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import cache, cpu, cpu_int4
-from ffsplit.kernels.dispatch import reference_only
+from ffsplit.kernels.dispatch import exact_products, reference_only
 from ffsplit.ops.rounding import round_to_nearest
 
 D_MODEL, NEURONS = 256, 128
@@ -147,6 +147,19 @@ def test_many_tokens_are_multiplied_by_merged_decoded_matrices(
         assert module.merged.is_empty
     finally:
         cache.set_decoded_limit(None)
+
+
+@torch.no_grad()
+def test_fits_and_scores_are_the_same_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FAST_BFLOAT16", True)
+    merged_one, alone, x = ffn("4", wide=5), ffn("4", gated=False, wide=5), torch.randn(60, D_MODEL)
+    for module in (merged_one, alone):
+        assert error(module(x), exact(module, x)) > 1e-4
+        with exact_products():
+            assert error(module(x), exact(module, x)) < 1e-5
+            with exact_products(wanted=False):
+                assert error(module(x), exact(module, x)) > 1e-4
+        assert error(module(x), exact(module, x)) > 1e-4
 
 
 @needs_int4

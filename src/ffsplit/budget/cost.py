@@ -17,6 +17,7 @@ from ffsplit.ffn.made_up import fill
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.spec import SumSpec
 from ffsplit.ffn.sum import SumFFN
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.methods.budgets import dense_branch_spec, sum_spec
 from ffsplit.timing import medians, synchronize
 
@@ -179,7 +180,7 @@ def timed(scene: Scene, specs: Sequence[SumSpec], layer: int, tokens: int) -> li
         synchronize(device)
         return time.perf_counter() - started
 
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_products(wanted=False):
         return medians([partial(turn, module) for module in modules], ROUNDS, WARMUP)
 
 

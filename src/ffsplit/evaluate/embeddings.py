@@ -20,6 +20,7 @@ from ffsplit.evaluate.hidden_states import last_states
 from ffsplit.evaluate.logits import device_of
 from ffsplit.evaluate.scoring import Progress
 from ffsplit.families.forward import evaluating
+from ffsplit.kernels.dispatch import exact_products
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def sentence_embeddings(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     limit = max_positions(model) if seq_len is None else seq_len
     pooled: list[Tensor] = []
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), exact_products(), torch.no_grad():
         for done, batch in enumerate(batches, start=1):
             pooled.append(_mean_states(model, tokenizer, [sentences[index] for index in batch], limit))
             if progress is not None:

@@ -16,6 +16,7 @@ from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.logits import call, device_of
 from ffsplit.evaluate.scoring import Progress
 from ffsplit.families.forward import evaluating
+from ffsplit.kernels.dispatch import exact_products
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def hidden_similarity(
     check_fits(windows, compressed)
     cosine = error = energy = 0.0
     batches = windows.batches(batch_size)
-    with evaluating(dense, compressed), torch.no_grad():
+    with evaluating(dense, compressed), exact_products(), torch.no_grad():
         for done, batch in enumerate(batches, start=1):
             reference, other = token_states(dense, batch).double(), token_states(compressed, batch).double()
             if reference.shape != other.shape:

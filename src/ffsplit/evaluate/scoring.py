@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ffsplit.errors import DataError, ModelError
 from ffsplit.evaluate.logits import CHUNK_ELEMENTS, LogitReader, Query, pieces
 from ffsplit.families.forward import evaluating
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.ops.divergence import kl_divergence
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -54,7 +55,7 @@ def score_tokens(
     """
     _check_not_empty(queries)
     parts: list[TokenScores] = []
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), exact_products(), torch.no_grad():
         reader = LogitReader(model, queries[0].inputs)
         size = _chunk_tokens(reader)
         for done, query in enumerate(queries, start=1):
@@ -81,7 +82,7 @@ def score_pair(
     """
     _check_not_empty(queries)
     parts: list[PairScores] = []
-    with evaluating(dense, compressed), torch.no_grad():
+    with evaluating(dense, compressed), exact_products(), torch.no_grad():
         readers = [LogitReader(model, queries[0].inputs) for model in (dense, compressed)]
         if readers[0].vocabulary != readers[1].vocabulary:
             raise DataError(

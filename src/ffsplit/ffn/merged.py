@@ -29,7 +29,7 @@ from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
 from ffsplit.kernels import cpu, cpu_int4
 from ffsplit.kernels.cache import State, counted, decoded_room, is_capturing, state_of
 from ffsplit.kernels.cpu_int4 import Int4Matrix, Int4Parts, int4_linear, int4_matrix, joined
-from ffsplit.kernels.dispatch import FLOATS, SMALLEST, is_traced, takes_kernels
+from ffsplit.kernels.dispatch import FLOATS, SMALLEST, is_traced, may_round, takes_kernels
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
@@ -107,7 +107,7 @@ class MergedCache:
     """Merged matrices of one sum, for few tokens and for many; empty in copies and pickles, in no ``state_dict``."""
 
     def __init__(self) -> None:
-        self._kind: tuple[torch.dtype, str] | None = None
+        self._kind: tuple[torch.dtype, str, bool] | None = None
         self._made: dict[bool, Watched] = {}
 
     @property
@@ -121,7 +121,7 @@ class MergedCache:
 
     def get(self, x: Tensor, branches: Sequence[Branch], *, decoded: bool = False) -> MergedSum | None:
         """For inputs like these, packed matrices decoded or not; None if it cannot or need not be."""
-        kind = x.dtype, torch.get_float32_matmul_precision()
+        kind = x.dtype, torch.get_float32_matmul_precision(), may_round()
         watched = self._made.get(decoded)
         if watched is None or kind != self._kind or not watched.is_current(branches):
             # More tokens have no use for codes, and what is made during a capture would be there in replays only.
@@ -289,7 +289,7 @@ def _placed(branches: Sequence[Branch]) -> tuple[list[tuple[int, Projection]], l
 def _product_dtype(projection: Projection, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if not isinstance(projection, Packed):
         return dtype
-    rounded = cpu_int4.is_precise_enough(dtype, projection.spec.bits)
+    rounded = may_round() and cpu_int4.is_precise_enough(dtype, projection.spec.bits)
     return cpu.product_dtype(torch.empty(0, dtype=dtype, device=device), may_round=rounded)
 
 

@@ -17,6 +17,7 @@ SMALLEST = 2**16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
+_exact_products: ContextVar[bool] = ContextVar("exact_products", default=False)
 
 
 class Path(StrEnum):
@@ -38,6 +39,25 @@ def reference_only() -> Iterator[None]:
         yield
     finally:
         _reference_only.reset(token)
+
+
+@contextmanager
+def exact_products(wanted: bool = True) -> Iterator[None]:
+    """Within this, many tokens are multiplied in their own dtype: fits and scores are the same on every CPU.
+
+    Args:
+        wanted: False, to take time as users will, undoes it within.
+    """
+    token = _exact_products.set(wanted)
+    try:
+        yield
+    finally:
+        _exact_products.reset(token)
+
+
+def may_round() -> bool:
+    """Whether a product of many tokens may be in a faster dtype, where that costs nothing beside the codes."""
+    return not _exact_products.get()
 
 
 def packed_path(x: Tensor, shape: tuple[int, int], *, bits: int, group: int, sources: Sequence[Tensor | None]) -> Path:

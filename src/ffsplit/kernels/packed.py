@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
 from ffsplit.kernels.cpu import product_dtype
 from ffsplit.kernels.cpu_int4 import Int4Parts, int4_linear, int4_matrix, int4_parts, is_precise_enough
-from ffsplit.kernels.dispatch import Path, as_autocast, packed_path
+from ffsplit.kernels.dispatch import Path, as_autocast, may_round, packed_path
 from ffsplit.ops.packing import unpack
 from ffsplit.ops.rounding import scale_unit
 
@@ -141,7 +141,7 @@ def packed_linear(
             inputs = (inputs.float() * matrix.input_scale.view(torch.float16).float()).to(inputs.dtype)
         return int4_linear(inputs, cache.get(path, matrix.sources, lambda: int4_matrix(matrix.int4())))
     # Autocast would cast the decoded matrix at every forward.
-    rounded = is_precise_enough(inputs.dtype, matrix.bits)
+    rounded = may_round() and is_precise_enough(inputs.dtype, matrix.bits)
     kept = torch.is_autocast_enabled(x.device.type)
     dtype = inputs.dtype if kept else product_dtype(inputs, may_round=rounded)
     return linear(inputs.to(dtype), _kept_dense(matrix, dtype, cache)).to(inputs.dtype)

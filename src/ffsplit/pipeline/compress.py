@@ -38,6 +38,7 @@ from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.families.norms import fold_norms as fold
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.pipeline.decide import settle_by_planner
 from ffsplit.pipeline.fit import fit_all
 from ffsplit.pipeline.job import Job, linear_parameters, make_report
@@ -140,7 +141,7 @@ def compress(
         raise ModelError(f"model is a {type(model).__name__}; it must be a transformers model, or the name of one")
     source = calibration if calibration is not None else resolved.calibration.source
     where = device_of(device)
-    with evaluating(model), without_cache(model):
+    with evaluating(model), without_cache(model), exact_products():
         retrain = _recovery(model, tokenizer, resolved, source, where, journal, progress)
         job = prepare(model, tokenizer, resolved, source, where, progress)
         seconds = _timed_run(job, journal, cache_dir, measured)

@@ -13,6 +13,7 @@ from ffsplit.budget.words import Axis, parse_axis, parse_budget
 from ffsplit.devices import default_device
 from ffsplit.errors import RecipeError
 from ffsplit.families.forward import evaluating, without_cache
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.pipeline.compress import Progress, load_dense, prepare
 from ffsplit.pipeline.decide import _store
 from ffsplit.pipeline.journal import Journal
@@ -54,7 +55,7 @@ def front_of(
     assert isinstance(recipe.method, AutoConfig)
     recipes = [load_recipe(recipe, budget=budget) for budget in axis.budgets] or [recipe]
     dense, tokenizer = load_dense(str(model), None, recipes, dtype)
-    with evaluating(dense), without_cache(dense):
+    with evaluating(dense), without_cache(dense), exact_products():
         job = prepare(dense, tokenizer, recipe, recipe.calibration.source, device or default_device(), progress)
         log = Journal(journal, {**job.identity(), "front": True})
         scene = job.scene(_store(job, log, measured), None)

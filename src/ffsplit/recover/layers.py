@@ -20,6 +20,7 @@ from ffsplit.families.blocks import Block
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.ffn.weights import FFNWeights
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.store import Store
 from ffsplit.recover.text import Text
@@ -107,7 +108,7 @@ class Tour:
         index_of = {site.name: index for index, site in enumerate(found.sites)}
         notes: list[dict[str, Any]] = []
         recorder = self.student if self.config.prefix == "compressed" else self.teacher
-        with evaluating(self.student, self.teacher), without_cache(recorder), TensorCache() as cache:
+        with evaluating(self.student, self.teacher), without_cache(recorder), exact_products(), TensorCache() as cache:
             device = next(self.student.parameters()).device
             replay = BlockReplay(recorder, _batches(self.student, self.text), cache, device)
             for number, block in enumerate(found.blocks):

@@ -17,6 +17,7 @@ from ffsplit.calibrate.tokens import TokenWindows
 from ffsplit.errors import RecipeError
 from ffsplit.families.forward import evaluating
 from ffsplit.ffn.spec import SumSpec
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.provenance import hash_model
 from ffsplit.recover.blocks import distil_layer
 from ffsplit.recover.config import Recovery, Stage
@@ -170,7 +171,7 @@ def _check_training(student: PreTrainedModel, teacher: PreTrainedModel | None, t
     """
     if "model" in config.stages or "masks" in config.stages:
         check_trainable(student, config)
-        with evaluating(student, *([] if teacher is None else [teacher])):
+        with evaluating(student, *([] if teacher is None else [teacher])), exact_products():
             Distillation(student, teacher, config, text.batch(0))
 
 

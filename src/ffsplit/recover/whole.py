@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ffsplit.errors import RecipeError
 from ffsplit.families.forward import evaluating, without_cache
 from ffsplit.ffn.projections import Packed
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.recover.config import Recovery
 from ffsplit.recover.distillation import Distillation
 from ffsplit.recover.guide import Guide, guided
@@ -72,6 +73,7 @@ def distil_model(
     settings = settings_of(config, student.device, config.learning_rate, config.steps, config.minutes)
     with ExitStack() as stack:
         stack.enter_context(evaluating(student, *([teacher] if teacher is not None else [])))
+        stack.enter_context(exact_products())
         stack.enter_context(without_cache(student))
         masks = stack.enter_context(_masks(student, movement, config.steps, dense))
         trained = stack.enter_context(prepared(student, config))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ffsplit.errors import RecipeError
 from ffsplit.evaluate.logits import device_of
 from ffsplit.families.forward import evaluating
+from ffsplit.kernels.dispatch import exact_products
 from ffsplit.recover.weights import as_sums
 from ffsplit.tasks.encode import Batch, Encoded, Epochs, steps_per_epoch
 from ffsplit.tasks.metrics import measure
@@ -135,7 +136,7 @@ def predict(model: PreTrainedModel, data: Encoded, precision: Precision = "float
     """The head's outputs ``[examples, outputs]``, float32, in the order of the examples; the mode is restored."""
     batches = data.in_order_of_length(EVALUATION_BATCH)
     outputs: list[Tensor] = []
-    with evaluating(model), precise(precision), autocast(device_of(model), precision):
+    with evaluating(model), exact_products(), precise(precision), autocast(device_of(model), precision):
         for rows in batches:
             inputs, _, _ = data.batch(rows)
             outputs.append(model(**inputs).logits.float())
