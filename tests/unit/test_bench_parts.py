@@ -149,7 +149,9 @@ def test_what_a_sum_makes_of_all_its_branches_is_held() -> None:
     module = packed()
     before = resident_bytes(module)
     product = Product(torch.zeros(25), [25], (0,))
-    module.merged._made[False] = Watched(MergedSum((product,), (), 1, decoded=False), (), (), (), ())
+    module.merged._made[False] = Watched(
+        (torch.float32, "highest", True), MergedSum((product,), (), 1, decoded=False), (), (), (), ()
+    )
     assert resident_bytes(module) == before + 100
     module._fused.derived.get("dense", [torch.zeros(1)], lambda: torch.zeros(50))
     assert resident_bytes(module) == before + 100 + 4 + 200

@@ -147,6 +147,52 @@ def test_many_tokens_are_multiplied_by_merged_decoded_matrices(
         assert module.merged.is_empty
     finally:
         cache.set_decoded_limit(None)
+    module(x)
+    assert not module.merged.is_empty, "there is room again"
+
+
+@torch.no_grad()
+def test_nothing_is_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FAST_BFLOAT16", True)
+    whole = cache.decoded_room(torch.device("cpu"))
+    module, x = ffn("8", "8", wide=5), torch.randn(60, D_MODEL)
+    with torch.enable_grad():
+        module.requires_grad_(False)(x)  # branch by branch
+    module(x)
+    kept = whole - cache.decoded_room(x.device)
+    assert kept == 4 * 3 * D_MODEL * 5 * NEURONS * 4
+    module(x[:1])
+    assert whole - cache.decoded_room(x.device) == kept
+    # Not while others are made, either: there is room for one and a half.
+    cache.set_decoded_limit(kept * 3 // 2)
+    try:
+        module._branches()[0].up.codes.bitwise_not_()
+        assert error(module(x), exact(module, x)) < 1e-5
+        assert not module.merged.is_empty
+    finally:
+        cache.set_decoded_limit(None)
+
+
+@torch.no_grad()
+def test_a_wrapped_branch_is_not_left_out() -> None:
+    for tokens in (1, 60):
+        module, x = ffn("4", "4", wide=5), torch.randn(tokens, D_MODEL)
+        wanted = exact(module, x)
+        module.branches[1] = nn.Sequential(module.branches[1])
+        assert error(module(x), wanted) < ROUNDED
+
+
+@torch.no_grad()
+def test_torchs_newer_switches_do_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising() -> str:
+        raise RuntimeError("checking the matmul precision without a specific backend name")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raising)
+    for kinds in (("4",), ("8",), ("dense", "low_rank")):
+        module = ffn(*kinds, wide=5)
+        for tokens in (1, 60):
+            x = torch.randn(tokens, D_MODEL)
+            assert error(module(x), exact(module, x)) < ROUNDED
 
 
 @torch.no_grad()
@@ -257,7 +303,8 @@ def test_on_a_gpu_floats_are_merged_for_any_number_of_tokens(monkeypatch: pytest
     assert merged._merge(ffn("dense", "4")._branches(), torch.bfloat16, gpu) is None, "int4 kernels are of the CPU"
     assert merged._merge(ffn("low_rank")._branches(), torch.float32, gpu) is None
     room = 1000
-    assert merged._merge(branches, torch.float32, gpu) is None
+    with pytest.raises(merged.NoRoom):
+        merged._merge(branches, torch.float32, gpu)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
@@ -39,6 +39,11 @@ MOST_TOKENS = 128 if cpu.TILES else 4
 MOST_EVER = max(MOST_TOKENS, *cpu_int4.MOST_TOKENS.values())
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 Piece = Tensor | Int4Parts
+Kind = tuple[torch.dtype, str, bool]
+
+
+class NoRoom(Exception):
+    """The limit of decoded matrices leaves none."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Watched:
     """What a merged sum (or the answer that there is none) was made from, to be looked at before every use.
 
     Attributes:
+        kind: what else than branches it depends on.
         merged: None if the branches cannot be merged.
         branches: these.
         held: what stood where in them.
@@ -90,15 +96,16 @@ class Watched:
         state: version and address of each tensor.
     """
 
+    kind: Kind
     merged: MergedSum | None
     branches: tuple[Branch, ...]
     held: tuple[Held, ...]
     tensors: tuple[Tensor, ...]
     state: State
 
-    def is_current(self, branches: Sequence[Branch]) -> bool:
-        """Whether these are the branches, and nothing of them was replaced or changed in place."""
-        if self.branches != tuple(branches) or not is_unchanged(self.held):
+    def is_current(self, kind: Kind, branches: Sequence[Branch]) -> bool:
+        """Whether it is for these, and nothing of the branches was replaced or changed in place."""
+        if self.kind != kind or self.branches != tuple(branches) or not is_unchanged(self.held):
             return False
         return self.state == state_of(self.tensors)
 
@@ -107,7 +114,6 @@ class MergedCache:
     """Merged matrices of one sum, for few tokens and for many; empty in copies and pickles, in no ``state_dict``."""
 
     def __init__(self) -> None:
-        self._kind: tuple[torch.dtype, str, bool] | None = None
         self._made: dict[bool, Watched] = {}
 
     @property
@@ -121,18 +127,23 @@ class MergedCache:
 
     def get(self, x: Tensor, branches: Sequence[Branch], *, decoded: bool = False) -> MergedSum | None:
         """For inputs like these, packed matrices decoded or not; None if it cannot or need not be."""
-        kind = x.dtype, torch.get_float32_matmul_precision(), may_round()
+        kind = x.dtype, cpu.float32_precision(), may_round()
         watched = self._made.get(decoded)
-        if watched is None or kind != self._kind or not watched.is_current(branches):
-            # More tokens have no use for codes, and what is made during a capture would be there in replays only.
-            too_many = not decoded and x.numel() > most_tokens(branches, x.device) * x.shape[-1]
-            if too_many or is_capturing(x.device):
-                return None
-            if watched is not None or kind != self._kind:
-                self.drop()
-            self._kind = kind
-            watched = self._made[decoded] = _watched(x, branches, decoded)
-        return watched.merged
+        if watched is not None and watched.is_current(kind, branches):
+            return watched.merged
+        # More tokens have no use for codes, and what is made during a capture would be there in replays only.
+        too_many = not decoded and x.numel() > most_tokens(branches, x.device) * x.shape[-1]
+        if too_many or is_capturing(x.device):
+            return None
+        if not all(other.is_current(kind, branches) for other in self._made.values()):
+            self.drop()
+        del watched  # its memory is needed
+        try:
+            made = _watched(x, branches, kind, decoded)
+        except NoRoom:  # there may be some next time
+            return None
+        self._made[decoded] = made
+        return made.merged
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergedCache:
         return MergedCache()
@@ -156,26 +167,38 @@ def merged_sum(
     if torch.is_autocast_enabled(device) or not takes_kernels(x, ()):
         return None
     tokens = x.numel() // x.shape[-1]
-    many = tokens > cpu_int4.most_tokens(cpu_int4.HALF)  # all codes are decoded for these
     # Many tokens pass through models whose insides are looked at, few through models that are used.
-    if (device == "cuda" or many) and _have_hooks(branches):
-        return None
-    merged = cache.get(x, branches) if device == "cuda" or tokens <= MOST_EVER else None
-    if merged is None or tokens > merged.most_tokens:
-        merged = cache.get(x, branches, decoded=True) if device == "cpu" and many else None
+    if device == "cuda":
+        merged = None if _have_hooks(branches) else cache.get(x, branches)
+    else:
+        merged = cache.get(x, branches) if tokens <= MOST_EVER else None
+        if merged is None or tokens > merged.most_tokens:
+            separate = tokens <= _most_as_codes(branches, x.dtype) or _have_hooks(branches)
+            merged = None if separate else cache.get(x, branches, decoded=True)
     return None if merged is None else _run(x.reshape(-1, x.shape[-1]), branches, merged).view(x.shape)
 
 
 def _have_hooks(branches: Sequence[Branch]) -> bool:
-    return any(
+    hooked = nn.modules.module
+    return bool(hooked._global_forward_hooks or hooked._global_forward_pre_hooks) or any(
         module is not None and (module._forward_hooks or module._forward_pre_hooks)
         for branch in branches
         for module in (branch, *branch._modules.values())
     )
 
 
-def _watched(x: Tensor, branches: Sequence[Branch], decoded: bool) -> Watched:
-    """Merge, and remember what everything was made from."""
+def _most_as_codes(branches: Sequence[Branch], dtype: torch.dtype) -> int:
+    """Up to how many tokens some branch of its own takes the int4 kernel."""
+    packed = [it for branch in branches for it in _projections(branch) if isinstance(it, Packed)]
+    return max((cpu_int4.most_tokens(it.spec.bits) for it in packed if _fits_int4(it, dtype)), default=0)
+
+
+def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -> Watched:
+    """Merge, and remember what everything was made from.
+
+    Raises:
+        NoRoom: there is none for what would be kept.
+    """
     places: list[Place] = []
     tensors: list[Tensor] = []
     for branch in branches:
@@ -186,8 +209,13 @@ def _watched(x: Tensor, branches: Sequence[Branch], decoded: bool) -> Watched:
                 tensors += [it for it in named.values() if isinstance(it, Tensor)]
     made = _merge_decoded if decoded else _merge
     merged = made(branches, x.dtype, x.device) if takes_kernels(x, tensors) else None
+    if decoded and merged is not None:
+        for branch in branches:
+            for projection in _projections(branch):
+                if isinstance(projection, Packed):  # nothing is kept twice
+                    projection.derived.drop()
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    return Watched(merged, tuple(branches), held_at(places), tracked, state_of(tracked))
+    return Watched(kind, merged, tuple(branches), held_at(places), tracked, state_of(tracked))
 
 
 def _run(
@@ -235,7 +263,7 @@ def _before_outer(
 
 @torch.no_grad()
 def _merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
-    """The merged matrices; None if there is nothing to merge, or something that cannot be, or no room for it."""
+    """The merged matrices; None if there is nothing to merge, or something that cannot be."""
     projections = [projection for branch in branches for projection in _projections(branch)]
     on_cpu = device.type == "cpu"
     pays = len(branches) > 1 and (dtype in HALF_PRECISION or not on_cpu)
@@ -250,7 +278,7 @@ def _merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device)
     pieces = [(place, _first(it)) for place, it in inner], [(place, _last(it)) for place, it in outer]
     copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor))
     if not on_cpu and copied > decoded_room(device):
-        return None
+        raise NoRoom
     inner_products, outer_products = (_products(pieces[dim], dim, count=not on_cpu) for dim in (0, 1))
     return MergedSum(inner_products, outer_products, most_tokens(branches, device), decoded=False)
 
@@ -268,7 +296,7 @@ def _merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch
         return None
     wanted = [_product_dtype(projection, dtype, device) for projection in projections]
     if sum(size * kind.itemsize for size, kind in zip(sizes, wanted, strict=True)) > decoded_room(device):
-        return None
+        raise NoRoom
 
     def products(placed: Sequence[tuple[int, Projection]], dim: int) -> tuple[Product, ...]:
         pieces = [(place, _decoded(it, _product_dtype(it, dtype, device))) for place, it in placed]
@@ -339,10 +367,13 @@ def _whole(projection: Projection) -> Piece:
 
 def _is_mergeable(projection: Projection, dtype: torch.dtype, on_cpu: bool) -> bool:
     if isinstance(projection, Packed):
-        spec = projection.spec
-        fits = on_cpu and cpu_int4.fits(spec.shape, spec.group) and cpu_int4.is_precise_enough(dtype, spec.bits)
-        return fits and projection.input_scale is None
+        return on_cpu and _fits_int4(projection, dtype) and projection.input_scale is None
     return type(projection) in (Dense, LowRank) and next(projection.parameters()).dtype == dtype
+
+
+def _fits_int4(projection: Packed, dtype: torch.dtype) -> bool:
+    spec = projection.spec
+    return cpu_int4.fits(spec.shape, spec.group) and cpu_int4.is_precise_enough(dtype, spec.bits)
 
 
 def most_tokens(branches: Sequence[Branch], device: torch.device) -> int:

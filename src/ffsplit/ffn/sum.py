@@ -106,7 +106,7 @@ class SumFFN(nn.Module):
     ``skip`` some tokens do without all of it.
 
     Attributes:
-        merged: matrices of the branches for few tokens, see :mod:`ffsplit.ffn.merged`.
+        merged: matrices of all branches in one, see :mod:`ffsplit.ffn.merged`.
     """
 
     bias: nn.Parameter | None
@@ -187,10 +187,12 @@ class SumFFN(nn.Module):
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         branches = self._branches()
-        fused = self._fused(x, branches, self.bias)
-        if fused is None:
-            fused = self._thresholded(x, branches, self.bias)
-        total = merged_sum(x, branches, self.merged) if fused is None else fused
+        fused = total = None
+        if len(branches) == len(self.branches):  # what has taken a branch's place is known to none of these
+            fused = self._fused(x, branches, self.bias)
+            if fused is None:
+                fused = self._thresholded(x, branches, self.bias)
+            total = merged_sum(x, branches, self.merged) if fused is None else fused
         for branch in self.branches if total is None else ():
             out = branch(x)
             total = out if total is None else total + out

@@ -35,6 +35,14 @@ def adds_in_16_bits(told: dict[str, Any]) -> bool:
     return told.get("architecture") == "x86_64" and not whole
 
 
+def float32_precision() -> str:
+    """What ``torch.set_float32_matmul_precision`` was told; "highest" where newer switches differ by backend."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
+
+
 CAPABILITIES = _capabilities()
 SATURATES = adds_in_16_bits(CAPABILITIES)
 VECTORS = torch.backends.cpu.get_cpu_capability()

@@ -80,7 +80,7 @@ def halves(bits: int) -> int:
 
 def is_precise_enough(dtype: torch.dtype, bits: int) -> bool:
     """Whether bfloat16 between may stand for a product in this dtype."""
-    return dtype == torch.bfloat16 or bits <= SURE_BITS or torch.get_float32_matmul_precision() != "highest"
+    return dtype == torch.bfloat16 or bits <= SURE_BITS or cpu.float32_precision() != "highest"
 
 
 def most_tokens(bits: int) -> int:
