@@ -202,6 +202,7 @@ def test_layouts_fit_into_shared_memory(room: int, tokens: int, d_model: int, ne
         assert block.warps * block.shared <= room * 1024
         assert block.warps % block.across == 0
     assert layout.tiles * TOKENS >= tokens
+    assert layout.inner.warps >= 2
 
 
 def test_prefill_is_one_of_two() -> None:

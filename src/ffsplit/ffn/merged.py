@@ -294,12 +294,14 @@ def _merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch
     sizes = [projection.spec.shape[0] * projection.spec.shape[1] for projection in projections]
     if max(sizes) < SMALLEST:
         return None
-    wanted = [_product_dtype(projection, dtype, device) for projection in projections]
-    if sum(size * kind.itemsize for size, kind in zip(sizes, wanted, strict=True)) > decoded_room(device):
+    wanted = {it: _product_dtype(it, dtype, device) for it in projections}
+    if sum(size * wanted[it].itemsize for size, it in zip(sizes, projections, strict=True)) > decoded_room(device):
         raise NoRoom
 
     def products(placed: Sequence[tuple[int, Projection]], dim: int) -> tuple[Product, ...]:
-        pieces = [(place, _decoded(it, _product_dtype(it, dtype, device))) for place, it in placed]
+        pieces = [
+            (place, it.stored().dense(wanted[it]) if isinstance(it, Packed) else _whole(it)) for place, it in placed
+        ]
         return _products(pieces, dim, count=True)
 
     inner, outer = _placed(branches)
@@ -319,13 +321,6 @@ def _product_dtype(projection: Projection, dtype: torch.dtype, device: torch.dev
         return dtype
     rounded = may_round() and cpu_int4.is_precise_enough(dtype, projection.spec.bits)
     return cpu.product_dtype(torch.empty(0, dtype=dtype, device=device), may_round=rounded)
-
-
-def _decoded(projection: Projection, dtype: torch.dtype) -> Tensor:
-    if isinstance(projection, Packed):
-        return projection.stored().dense(dtype)
-    assert isinstance(projection, Dense)
-    return projection.weight.detach()
 
 
 def _products(pieces: Sequence[tuple[int, Piece]], dim: int, *, count: bool) -> tuple[Product, ...]:
