@@ -372,16 +372,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("ffn", "model"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", default="cpu", help="name of the results file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    content = next(read_results("cpu.json"), {}) | described()
+    content = next(read_results(f"{options.out}.json"), {}) | described()
     with torch.no_grad():  # modules made in inference mode could not keep anything
         if options.only != "model":
             content["ffn"] = time_ffns(options.rounds)
         if options.only != "ffn":
             content["smollm2"] = time_model(options.rounds)
-    write_result("cpu", content)
+    write_result(options.out, content)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def test_few_tokens(index: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 # Tokens, and blocks of both kernels: of twice the rows, and of warps that share tokens.
 BLOCKS = [
     (5, low_bit.Block(2, 1, 2, 12288), low_bit.Block(4, 1, 2, 20480)),
-    (5, low_bit.Block(4, 2, 2, 16384), low_bit.Block(8, 2, 1, 8192)),
-    (3, low_bit.Block(4, 4, 1, 16384), low_bit.Block(16, 2, 2, 12288)),
+    (5, low_bit.Block(4, 1, 2, 16384), low_bit.Block(8, 2, 1, 8192)),
+    (3, low_bit.Block(4, 1, 1, 16384), low_bit.Block(16, 2, 2, 12288)),
     (13, low_bit.Block(4, 2, 2, 24576), low_bit.Block(4, 1, 2, 20480)),
     (13, low_bit.Block(8, 4, 1, 12288), low_bit.Block(4, 2, 2, 20480)),
     (29, low_bit.Block(2, 2, 2, 24576), low_bit.Block(8, 1, 1, 20480)),
@@ -128,6 +128,66 @@ def test_blocks_of_many_rows(
     found = on_gpu(x.cuda())
     assert relative_error(found, exact) < 8e-3
     assert all(torch.equal(found, on_gpu(x.cuda())) for _ in range(3))
+
+
+SIZES = [*((torch.bfloat16, size) for size in (1e-6, 3e3, 1e8)), (torch.float16, 1e-2), (torch.float16, 10)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), SIZES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 13, 29])
+@pytest.mark.parametrize("index", [1, 3])
+@torch.no_grad()
+def test_small_and_large_inputs(index: int, tokens: int, dtype: torch.dtype, size: float) -> None:
+    """Codes are the smallest halves there are, and tokens are lifted for them: both must leave no trace."""
+    ffn = sum_of(SUMS[index], dtype)
+    x = (torch.randn(tokens, ffn.d_model) * size).to(dtype)
+    x[1] = 0
+    exact = copy.deepcopy(ffn).double()(x.double())
+    found = ffn.cuda()(x.cuda()).cpu()
+    assert bool(found.isfinite().all())
+    assert float((found.double() - exact).norm()) < (8e-3 if dtype == torch.bfloat16 else 1e-3) * float(exact.norm())
+
+
+@pytest.mark.parametrize("tokens", [3, 13])
+@torch.no_grad()
+def test_what_is_no_number_stays_none(tokens: int) -> None:
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x = torch.randn(tokens, ffn.d_model, device="cuda", dtype=torch.bfloat16)
+    x[1, 5] = float("nan")
+    x[2, 7] = float("inf")
+    found = ffn(x)
+    assert not bool(found[1:3].isfinite().any())
+    assert bool(found[0].isfinite().all())
+
+
+@pytest.mark.parametrize("tokens", [3, 13])
+@torch.no_grad()
+def test_a_launch_that_starts_early_waits_for_its_inputs_and_weights(tokens: int) -> None:
+    """In a graph behind copies and behind kernels, and with weights that were written just before."""
+    ffn = sum_of(SUMS[1], torch.bfloat16).cuda()
+    x = torch.randn(tokens, ffn.d_model, device="cuda", dtype=torch.bfloat16)
+    codes = ffn._branches()[0].up.codes
+    new, old = torch.randint_like(codes, 256), codes.clone()
+    expected_old = ffn(x)
+    codes.copy_(new)
+    expected_new = ffn(x)
+    assert not torch.equal(expected_old, expected_new)
+    place = torch.empty_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        place.copy_(x)
+        found = [ffn(place)]
+        for written in (old, new, old):
+            codes.copy_(written)
+            found.append(ffn(place))
+            codes.bitwise_xor_(0)
+            found.append(ffn(place + 0))
+    for _ in range(20):
+        codes.copy_(new)
+        place.zero_()
+        graph.replay()
+        expected = [expected_new, *(e for e in (expected_old, expected_new, expected_old) for _ in range(2))]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_branches_go_two_at_a_time() -> None:
         LowBitShape(64, (192,), (3,), 64, True, "silu"),
     )
     assert [LowBitShape.from_numbers(shape.numbers()) for shape in found] == list(found)
-    assert found[0].padded == 192
+    assert [found[0].padded(size) for size in found[0].neurons] == [64, 128]
 
 
 def test_what_the_kernels_do_not_read() -> None:
@@ -178,16 +178,17 @@ def test_sources_belong_to_the_package() -> None:
 def test_instances_are_those_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, tuple[int, ...]]] = []
     monkeypatch.setattr(
-        nvrtc, "launcher", lambda name, kernel, arguments, device, shared: asked.append((name, kernel, arguments))
+        nvrtc, "launcher", lambda name, kernel, arguments, device, shared=0: asked.append((name, kernel, arguments))
     )
     monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 227 * 1024)
     LowBitFFN([None] * 29, LowBitShape(64, (64, 128), (8, 4), 64, True, "silu"), 9, torch.bfloat16, 0)
     LowBitFFN([None] * 15, LowBitShape(64, (64,), (3,), 128, False, "gelu"), 1, torch.float16, 0)
     assert [f"{name} {nvrtc.instance_of(kernel, arguments)}" for name, kernel, arguments in asked] == [
-        "low_bit inner<8,4,64,2,1,true,false,8,2,1,12800>",
-        "low_bit outer<8,4,64,2,false,16,1,1,12288>",
-        "low_bit inner<0,3,128,1,2,false,true,8,1,2,8192>",
-        "low_bit outer<0,3,128,1,true,16,1,1,12288>",
+        "low_bit arrange<8,4,64,false>",
+        "low_bit inner<8,4,64,2,1,true,false,8,2,1,12288,16>",
+        "low_bit outer<8,4,64,2,false,16,1,1,12288,16>",
+        "low_bit inner<0,3,128,1,2,false,true,8,1,2,8192,20>",
+        "low_bit outer<0,3,128,1,true,16,1,1,12288,16>",
     ]
 
 
@@ -294,6 +295,31 @@ def test_inputs_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) 
         ffn(room[start : start + 64].view(1, 64))
     assert all(pointers[0] % ALIGNMENT == 0 for pointers in launched[::2])
     assert launched[0][0] == room.data_ptr()
+
+
+@pytest.mark.parametrize(("tokens", "launches", "rows"), [(8, 2, 8), (9, 3, 16), (17, 3, 32), (32, 3, 32)])
+def test_more_than_a_tile_is_put_in_order_first_and_read_whole(
+    tokens: int, launches: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of threads read all tokens of their tiles, those behind the last one too."""
+    launched: list[str] = []
+    sizes: list[int] = []
+
+    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int = 0) -> object:
+        return lambda grid, block, pointers, integers, early: launched.append(kernel)
+
+    def new_empty(tensor: Tensor, size: int) -> Tensor:
+        sizes.append(size)
+        return torch.empty(size, dtype=tensor.dtype)
+
+    monkeypatch.setattr(nvrtc, "launcher", launcher)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    shape = LowBitShape(192, (64, 192), (8, 4), 128, True, "silu")
+    LowBitFFN([None] * 29, shape, tokens, torch.bfloat16, 0)(torch.zeros(tokens, 192, dtype=torch.bfloat16))
+    assert launched == ["arrange", "inner", "outer"][-launches:]
+    # Whole groups: of hidden activations of both branches, and of the inputs once for each order.
+    assert sizes == [rows * (128 + 256), *[rows * 2 * 256] * (launches == 3)]
 
 
 class Driver:

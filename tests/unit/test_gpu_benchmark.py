@@ -31,3 +31,18 @@ def test_what_fewer_multiplications_promise(gpu: ModuleType) -> None:
     made = {"dense bf16": ([], 200), "pruned 0.5": ([], 100), "split low rank 0.5": ([], 80)}
     seconds = {"dense bf16": 1.0, "pruned 0.5": 0.5, "split low rank 0.5": 0.8}
     assert gpu.promised(made, seconds) == {"pruned 0.5": 1.0, "split low rank 0.5": 0.5}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+def test_candidates_for_a_layout_can_be_launched(tiles: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    layouts = importlib.import_module("gpu_layouts")
+    found = list(layouts.blocks(tiles, gated))
+    names = {candidate.name for candidate in found}
+    assert len(names) > 20
+    for candidate in found:
+        block = candidate.inner or candidate.outer
+        assert block.warps % block.across == 0
+        assert block.shared % 16 == 0  # what threads copy at once
+        assert block.warps * block.shared <= layouts.MOST_SHARED

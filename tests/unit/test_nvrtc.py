@@ -17,10 +17,11 @@ from ffsplit.kernels import nvrtc
 ARCHITECTURES = ("sm_80", "sm_90")
 # Of low_bit: warps that share tokens and warps that do not, all widths, gates or none; the others whole.
 INSTANCES = [
-    ("low_bit", "inner<8,4,128,1,1,true,false,4,1,2,12288>"),
-    ("low_bit", "inner<0,3,64,2,2,false,true,4,2,2,12800>"),
-    ("low_bit", "outer<16,2,128,1,false,16,1,1,12288>"),
-    ("low_bit", "outer<0,4,32,4,true,16,4,1,12288>"),
+    ("low_bit", "arrange<8,4,128,false>"),
+    ("low_bit", "inner<8,4,128,1,1,true,false,4,1,2,12288,12>"),
+    ("low_bit", "inner<0,3,64,2,2,false,true,4,2,2,12800,16>"),
+    ("low_bit", "outer<16,2,128,1,false,16,1,1,12288,16>"),
+    ("low_bit", "outer<0,4,32,4,true,16,4,1,12288,16>"),
     ("threshold", "inner<1,true,false,1>"),
     ("threshold", "outer<false,2>"),
     ("float8_rows", "float8_rows<1,true,false>"),

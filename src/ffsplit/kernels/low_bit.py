@@ -1,4 +1,4 @@
-"""The whole FFN over packed codes in two launches on NVIDIA GPUs, for few tokens; see ``cuda/low_bit.cu``.
+"""The whole FFN over packed codes in two or three launches on NVIDIA GPUs, for few tokens; see ``cuda/low_bit.cu``.
 
 Weights are read in the form in which they are stored, so nothing is kept beside them. Numbers are those of the plain
 path up to the rounding of halves: codes become exact halves, products are summed in float32, scales are applied to the
@@ -34,6 +34,8 @@ ALIGNMENT = 16
 """Bytes that a thread reads at once: inputs and matrices start at a multiple of them."""
 LARGEST = 2**32
 """Bytes of a matrix that the sources can count."""
+WARPS = 4
+"""Of a block that puts tokens in order, each of them a group of a tile."""
 NAMES = tuple(ACTIVATIONS)
 """Of activations, in the order in which the sources count them."""
 
@@ -69,10 +71,14 @@ class LowBitShape:
         known = all(bits in BITS for bits in self.bits) and max(self.neurons) * self.d_model * 2 < LARGEST
         return known and not narrow and all(size > 0 and size % step == 0 for size in (self.d_model, *self.neurons))
 
+    def padded(self, size: int) -> int:
+        """So many columns filled up to whole groups."""
+        return -(-size // self.group) * self.group
+
     @property
-    def padded(self) -> int:
-        """Neurons of all branches, each filled up to whole groups."""
-        return sum(-(-size // self.group) * self.group for size in self.neurons)
+    def orders(self) -> int:
+        """In how many orders inputs are read: branches of different bits have their own."""
+        return len(set(self.bits))
 
     def numbers(self) -> list[int]:
         """As integers, for the operator's schema."""
@@ -112,12 +118,14 @@ class Block:
         across: warps at different rows that share tokens.
         tall: rows of a warp, in units of :data:`TILE`.
         shared: bytes of shared memory of a warp.
+        resident: warps that must find room for their registers on a multiprocessor.
     """
 
     warps: int
     across: int
     tall: int
     shared: int
+    resident: int = 16
 
     @property
     def rows(self) -> int:
@@ -126,10 +134,10 @@ class Block:
 
     def within(self, room: int) -> Block:
         """The same with as many warps as find their memory in so many bytes."""
-        warps = self.warps
-        while warps * self.shared > room and warps > self.across:
-            warps //= 2
-        return replace(self, warps=warps)
+        teams = self.warps // self.across
+        while teams > 1 and teams * self.across * self.shared > room:
+            teams //= 2
+        return replace(self, warps=teams * self.across)
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ class Layout:
     """How much a block of threads of each kernel does; the fastest that were measured on an H200.
 
     Attributes:
-        tiles: of :data:`TOKENS` tokens, in both kernels.
+        tiles: of :data:`TOKENS` tokens, in both kernels. More than one are put in order by a launch in front.
         inner: a block of the kernel of that name.
         outer: likewise.
     """
@@ -152,6 +160,10 @@ class Layout:
         tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
         return cls(tiles, _inner(tiles, shape).within(room), _outer(tiles, shape.d_model).within(room))
 
+    def blocks(self, tokens: int) -> int:
+        """Of all tiles of tokens, each of them read whole."""
+        return -(-tokens // (TOKENS * self.tiles))
+
 
 def _inner(tiles: int, shape: LowBitShape) -> Block:
     """Taller blocks share tokens among more rows, but there are fewer of them, and of two branches they differ more."""
@@ -159,13 +171,14 @@ def _inner(tiles: int, shape: LowBitShape) -> Block:
     many, most = neurons >= 4 * ENOUGH * TILE, neurons >= 8 * ENOUGH * TILE
     tall = 1 if shape.gated else 2
     if tiles == 4:
-        return Block(4, 2, tall, 18432)
+        return Block(4, 2, 1, 12288, 12) if shape.gated else Block(4, 2, 2, 18432, 8)
     if tiles == 2:
-        warps = 4 if many and (one or most or not shape.gated) else 8
-        return Block(warps, 2, tall, 9216 if one and shape.gated else 12800)
+        if shape.gated and (most or (many and one)):
+            return Block(4, 2, 1, 12288, 12) if one else Block(4, 2, 1, 8192)
+        return Block(8, 2, tall, 12288)
     if shape.gated and (most or (many and one)):
-        return Block(4, 1, 2, 12288)
-    return Block(4 if many else 8, 1, tall, 8192)
+        return Block(4, 1, 2, 12288, 12)
+    return Block(4 if many else 8, 1, tall, 8192, 20)
 
 
 def _outer(tiles: int, d_model: int) -> Block:
@@ -173,12 +186,12 @@ def _outer(tiles: int, d_model: int) -> Block:
     if d_model < 2 * ENOUGH * TILE:
         return Block(8, 1, 1, 20480) if tiles == 4 else Block(16, 1, 1, 12288)
     if d_model < 4 * ENOUGH * TILE:
-        return Block(16, 2, 1, 8192 if tiles == 1 else 12288)
-    return Block(16, 4, 1, 12288) if tiles == 4 else Block(16, 2, 2, 12288)
+        return Block(12, 1, 2, 16384, 12) if tiles == 2 else Block(16, 2, 1, 8192 if tiles == 1 else 12288)
+    return Block(16, 2, 2, 12288) if tiles == 1 else Block(12, 2, 2, 12288, 12)
 
 
 class LowBitFFN:
-    """Two launches over fixed weights, everything about them but the tokens' addresses made ready.
+    """Two launches over fixed weights (three for more than a tile of tokens), all but the tokens' addresses made ready.
 
     Args:
         tensors: for each branch, heavy first: codes, scales, zeros and row scales of gate, up and down (None for what
@@ -189,6 +202,7 @@ class LowBitFFN:
         tokens: for how many, about; the kernels' layout depends on it.
         dtype: of inputs, outputs and all floating-point tensors.
         device: index of the GPU.
+        layout: of the blocks of threads; None for that of :meth:`Layout.of`.
     """
 
     def __init__(
@@ -198,8 +212,9 @@ class LowBitFFN:
         tokens: int,
         dtype: torch.dtype,
         device: int,
+        layout: Layout | None = None,
     ) -> None:
-        layout = Layout.of(tokens, shape, nvrtc.shared_memory(device))
+        layout = layout or Layout.of(tokens, shape, nvrtc.shared_memory(device))
         self.shape, self.layout, self.dtype = shape, layout, dtype
         heavy_bits, rest_bits = (0, *shape.bits)[-2:]
         heavy, rest = (0, *shape.neurons)[-2:]
@@ -207,6 +222,10 @@ class LowBitFFN:
         storages = heavy_bits, rest_bits, shape.group, layout.tiles
         inner = *storages, act, shape.gated, half, *astuple(layout.inner)
         outer = *storages, half, *astuple(layout.outer)
+        # Few tokens are put in order where they are read.
+        self.arrange = None
+        if layout.tiles > 1:
+            self.arrange = nvrtc.launcher("low_bit", "arrange", (heavy_bits, rest_bits, shape.group, half), device)
         self.inner = nvrtc.launcher("low_bit", "inner", inner, device, layout.inner.warps * layout.inner.shared)
         self.outer = nvrtc.launcher("low_bit", "outer", outer, device, layout.outer.warps * layout.outer.shared)
         nothing = [None] * BRANCH_TENSORS * (2 - len(shape.neurons))
@@ -221,25 +240,36 @@ class LowBitFFN:
 
     @property
     def is_compiled(self) -> bool:
-        return self.inner is not None and self.outer is not None
+        in_order = self.layout.tiles == 1 or self.arrange is not None
+        return in_order and self.inner is not None and self.outer is not None
 
     def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         """The outputs."""
         assert self.inner is not None
         assert self.outer is not None
-        flat, layout = aligned(x.reshape(-1, self.shape.d_model).contiguous()), self.layout
+        shape, layout = self.shape, self.layout
+        flat = aligned(x.reshape(-1, shape.d_model).contiguous())
         count = flat.shape[0]
-        tiles = -(-count // TOKENS)
-        hidden = flat.new_empty(tiles * TOKENS * self.shape.padded)
-        out = torch.empty_like(flat)
+        blocks = layout.blocks(count)
+        rows = blocks * layout.tiles * TOKENS
+        hidden = flat.new_empty(rows * sum(shape.padded(size) for size in shape.neurons))
+        out, read, sums = torch.empty_like(flat), flat, flat
+        if self.arrange is not None:
+            size = rows * shape.padded(shape.d_model)
+            read = flat.new_empty(size * shape.orders)
+            sums = torch.empty(size // shape.group, dtype=torch.float32, device=flat.device)
+            grid = -(-size // (TOKENS * shape.group * WARPS)), 1
+            pointers = [flat.data_ptr(), read.data_ptr(), sums.data_ptr()]
+            self.arrange(grid, 32 * WARPS, pointers, [count, shape.d_model], early=True)
         self.inner(
-            (self._inner_grid, -(-count // (TOKENS * layout.tiles))),
+            (self._inner_grid, blocks),
             32 * layout.inner.warps,
-            [flat.data_ptr(), hidden.data_ptr(), *self._inner_weights],
+            [read.data_ptr(), sums.data_ptr(), hidden.data_ptr(), *self._inner_weights],
             [count, *self._sizes],
+            early=True,
         )
         self.outer(
-            (self._outer_grid, -(-count // (TOKENS * layout.tiles))),
+            (self._outer_grid, blocks),
             32 * layout.outer.warps,
             [hidden.data_ptr(), out.data_ptr(), self._bias, *self._outer_weights],
             [count, *self._sizes],

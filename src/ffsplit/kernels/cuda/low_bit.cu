@@ -1,4 +1,5 @@
-// The whole FFN over packed low-bit codes in two launches: up, gate and activation; then down.
+// The whole FFN over packed low-bit codes in two launches: up, gate and activation; then down. For more than eight tokens a short
+// launch in front puts them in order.
 //
 // A warp multiplies 16 rows of a weight matrix with 8 tokens a tensor-core instruction (m16n8k16, weights on the left).
 // The order of the inner dimension is free as long as both sides agree on it, and it is chosen such that every thread
@@ -9,13 +10,17 @@
 // The warps of a block share the groups of the same rows and meet only to add up their sums at the end. Until then each
 // asks for codes several pieces ahead, through shared memory: every thread copies what it alone will use, so that there is
 // nothing to wait for but its own copies, and registers are left to the products. Tokens come the same way; or a team of warps at
-// different rows goes through the same groups and copies them once for all, which costs a barrier a piece. `outer` starts before
-// `inner` has ended, and has its first weights on their way by then.
+// different rows goes through the same groups and copies them once for all, which costs a barrier a piece. A launch starts before
+// the one in front has ended, and has its first weights on their way by then.
 //
-// Codes become exact halves a pair at a time: or-ed into the mantissa of 128 (bfloat16) or 1024 (float16) a code is that
-// number plus itself. Origin and zero are taken off the codes by one addition a pair; or, for one tile of tokens and codes of
-// at most four bits, off the sums of a group: a product with ones finds the sum of its tokens. The scale of a group multiplies
-// the float32 sum of its products. Heavy and rest branches share a grid.
+// Codes are halves as they are: the bits of a whole number n below 256 (bfloat16) or 2048 (float16), read as a half, are n times
+// the smallest half there is. So a mask is all that decoding takes, and two or four codes of a byte stand where they are: what
+// stands k bits higher is 2^k times as large, and its tokens are made smaller by as much. Tensor cores take such numbers at
+// their value. Tokens in bfloat16 are lifted by 2^56 for it, so that products are ordinary float32 numbers. A group's zero is
+// taken off its sums: a product with ones finds the sum of its tokens; for many tokens it is taken off the codes, an addition a
+// pair. The scale of a group multiplies the float32 sum of its products. Heavy and rest branches share a grid.
+//
+// RESIDENT warps must find room for their registers on a multiprocessor.
 //
 // Layout of codes: ffsplit/ops/packing.py. Scales: the bits of float16 numbers, or bytes in units of a 256th of a float16 per row.
 
@@ -35,26 +40,27 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     return found;
 }
 
-// (a & mask) | magic, one instruction.
-__device__ __forceinline__ u32 masked_or(u32 a, u32 mask, u32 magic) {
+// (a & mask) | b, one instruction.
+__device__ __forceinline__ u32 masked_or(u32 a, u32 mask, u32 b) {
     u32 found;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(a), "r"(mask), "r"(magic));
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(a), "r"(mask), "r"(b));
     return found;
 }
 
-template <bool HALF> struct Magic {
-    static constexpr u32 ORIGIN = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128, twice
-    static constexpr u32 MINUS = HALF ? 0xE400E400u : 0xC300C300u;
-    static constexpr u32 ONE = HALF ? 0x3C003C00u : 0x3F803F80u;
-};
-
-// value - (origin + zero), exact.
-template <bool HALF> __device__ __forceinline__ u32 shifted(u32 value, u32 offset) {
+// a * b + c, two halves at a time.
+template <bool HALF> __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
     u32 found;
-    if (HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(value), "r"(Magic<true>::ONE), "r"(offset));
-    else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(value), "r"(Magic<false>::ONE), "r"(offset));
+    if (HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(c));
+    else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(c));
     return found;
 }
+
+template <bool HALF> constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
+__device__ __forceinline__ float power(int exponent) { return __int_as_float((127 + exponent) << 23); }  // of two
+
+// The power of two by which tokens are lifted, and what a product with a code's bits has to be multiplied by.
+template <bool HALF> constexpr int LIFT = HALF ? 0 : 56;
+template <bool HALF> constexpr float UNIT = HALF ? 0x1p24f : 0x1p77f;
 
 template <bool HALF> __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if (HALF)
@@ -125,9 +131,9 @@ template <int BITS> struct Grid {
         if (BITS == 3) high = m.zero[(m.rows * groups + 7) / 8 * 2 + (index >> 3)];
     }
 
-    // The step (upper half: a float16, a multiple of the row's unit if there is one) and the zero (lower half): an
-    // integer, or one below the bits of MINUS; where ORIGIN is given what has to be taken off codes that stand on it, a float16.
-    template <int ORIGIN, int MINUS> __device__ __forceinline__ u32 packed(const Matrix& m, u32 index) const {
+    // The step (upper half: a float16, a multiple of the row's unit if there is one) and the zero (lower half: a whole number or
+    // a float16).
+    template <bool FLOATING> __device__ __forceinline__ u32 packed(const Matrix& m, u32 index) const {
         u32 found = 1 << (BITS - 1);
         if (m.zero) {
             found = zero;
@@ -135,149 +141,125 @@ template <int BITS> struct Grid {
             if (BITS < 4) found = zero >> (2 * (index & 3)) & 3;
             if (BITS == 3) found |= (high >> (index & 7) & 1) << 2;
         }
-        return (m.unit ? half_of(step) : step) << 16 | (ORIGIN ? half_of(ORIGIN + found) : found | MINUS);
+        return (m.unit ? half_of(step) : step) << 16 | (FLOATING ? half_of(found) : found);
     }
 };
 
-// Eight decoded weights of one row as pairs (0, 4), (1, 5), (2, 6), (3, 7): the nibbles of a word that one mask finds.
-// With ORIGIN_TOO they are codes still on top of 128 or 1024, which is one instruction less a pair; `offset` is what takes both
-// off, twice, or for 8 bits in bfloat16 the zero.
-template <int BITS, bool HALF, int G, bool ORIGIN_TOO>
-__device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& codes, int span, u32 offset) {
-    constexpr u32 ORIGIN = Magic<HALF>::ORIGIN;
-    const u32* raw = codes.raw;
-    if constexpr (BITS == 16) {
-        const u32* v = raw + 4 * span;
-        pairs[0] = permute(v[0], v[2], 0x5410); pairs[1] = permute(v[0], v[2], 0x7632);
-        pairs[2] = permute(v[1], v[3], 0x5410); pairs[3] = permute(v[1], v[3], 0x7632);
-    } else if constexpr (BITS == 8) {
-        const u32 low = raw[2 * span], high = raw[2 * span + 1];
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            if constexpr (HALF) {
-                const u32 two = permute(low, high, p | (p + 4) << 8);
-                pairs[p] = shifted<true>(permute(two, 0x64646464u, 0x4240), offset);
-            } else {
-                const float base = 8388608.f + offset;  // 2^23 + code is a float32's bits with the code or-ed in
-                const float first = __uint_as_float(permute(low, 0x4B000000u, 0x7440 + p)) - base;
-                const float second = __uint_as_float(permute(high, 0x4B000000u, 0x7440 + p)) - base;
-                asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[p]) : "f"(second), "f"(first));
-            }
-        }
-    } else if constexpr (BITS == 4) {
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            const u32 code = masked_or(raw[span] >> (4 * p), 0x000F000Fu, ORIGIN);
-            pairs[p] = ORIGIN_TOO ? code : shifted<HALF>(code, offset);
-        }
-    } else {
-        const u32 spread = permute(raw[span / 2], 0, span % 2 ? 0x4342 : 0x4140);  // a byte of four codes in each half
-        u32 third = 0;
-        if constexpr (BITS == 3) {
-            third = raw[Codes<BITS, G>::LOW] >> (8 * span) & 0xFF;
-            third = (third | third << 12) << 2;
-        }
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            u32 code = masked_or(spread >> (2 * p), 0x00030003u, ORIGIN);
-            if constexpr (BITS == 3) code = masked_or(third >> p, 0x00040004u, code);
-            pairs[p] = ORIGIN_TOO ? code : shifted<HALF>(code, offset);
-        }
+// Eight neighbouring columns as the four pairs that `decode` finds: of which pair a column is, whether it is the second one, and
+// how many bits above the lowest the codes of a pair stand.
+template <int BITS, bool HALF> struct Order {
+    static constexpr __device__ __forceinline__ int pair(int j) { return BITS == 16 ? j / 2 : BITS == 8 ? j / 4 * 2 + j % 2 : j % 4; }
+    static constexpr __device__ __forceinline__ int second(int j) { return BITS == 16 ? j % 2 : BITS == 8 ? j / 2 % 2 : j / 4; }
+    static constexpr __device__ __forceinline__ int above(int pair) {
+        if (HALF || BITS >= 8) return 0;  // tokens in float16 cannot be made smaller without a loss
+        if (BITS == 4) return pair % 2 * 4;
+        return BITS == 3 && pair == 3 ? 4 : pair * 2;  // a third bit above the sixth would not fit
     }
-}
 
-// The same order for eight values of a token.
-__device__ __forceinline__ uint4 paired(uint4 v) {
-    return make_uint4(permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632));
+    // Two values of a token of one pair, times its power of two.
+    static __device__ __forceinline__ u32 lifted(u32 two, int pair) {
+        return HALF ? two : multiply_add<HALF>(two, (u32)(127 + LIFT<HALF> - above(pair)) * 0x00800080u, 0x80008000u);
+    }
+
+    // Eight values of a token in this order.
+    static __device__ __forceinline__ uint4 of(uint4 v) {
+        if (BITS == 8) v = make_uint4(permute(v.x, v.y, 0x5410), permute(v.x, v.y, 0x7632), permute(v.z, v.w, 0x5410), permute(v.z, v.w, 0x7632));
+        if (BITS < 8) v = make_uint4(permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632));
+        return make_uint4(lifted(v.x, 0), lifted(v.y, 1), lifted(v.z, 2), lifted(v.w, 3));
+    }
+};
+
+// Eight weights of one row: those of 16 bits, else codes at their bits.
+template <int BITS, bool HALF, int G>
+__device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& codes, int span) {
+    const u32* raw = codes.raw;
+    u32 spread = 0, third = 0;
+    if constexpr (BITS < 4) spread = permute(raw[span / 2], 0, span % 2 ? 0x4342 : 0x4140);  // a byte of four codes in each half
+    if constexpr (BITS == 3) {
+        third = raw[Codes<BITS, G>::LOW] >> (8 * span) & 0xFF;
+        third = (third | third << 12) << 2;
+    }
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+        const int above = Order<BITS, HALF>::above(p);
+        if constexpr (BITS == 16) pairs[p] = raw[4 * span + p];
+        if constexpr (BITS == 8) pairs[p] = permute(raw[2 * span + p / 2], 0, p % 2 ? 0x4341 : 0x4240);
+        if constexpr (BITS == 4) pairs[p] = raw[span] >> (4 * p - above) & 0x000F000Fu << above;
+        if constexpr (BITS < 4) pairs[p] = spread >> (2 * p - above) & 0x00030003u << above;
+        if constexpr (BITS == 3) pairs[p] = masked_or(above > p ? third << (above - p) : third >> (p - above), 0x00040004u << above, pairs[p]);
+    }
 }
 
 // Where value k of a token stands among tokens that are arranged as the tensor cores' right operand: by tiles of eight
 // tokens, groups, spans of eight columns and lanes, so that a warp reads 512 bytes in a row.
-template <int G> __device__ __forceinline__ long arranged(int token, int k, int groups) {
+template <int BITS, int G, bool HALF> __device__ __forceinline__ long arranged(int token, int k, int groups) {
     const int t = k % G / (G / 4), span = k % (G / 4) / 8, j = k % 8;
     const long vector = (((long)(token / 8) * groups + k / G) * (G / 32) + span) * 32 + token % 8 * 4 + t;
-    return vector * 8 + j % 4 * 2 + j / 4;
+    return vector * 8 + Order<BITS, HALF>::pair(j) * 2 + Order<BITS, HALF>::second(j);
 }
 
-// Tokens as one thread reads them: eight values of one span of a group at a time. They are arranged, or rows of `stride`
-// values, which `in_order` puts into the order of `decode`.
-template <int G, bool ARRANGED> struct Tokens {
+// Tokens on their way to a warp: of all eight tokens of NT tiles SPANS spans of a group, a span of 512 bytes behind the other.
+// What lies beyond the columns counts as zero.
+//
+// Rows of `stride` values, whose vectors have yet to be put in order, for warps on their own.
+template <int G, int SPANS, int NT> struct Rows {
     const u16* from;
-    int tile_step, columns, count, lane;
+    int tile_step, columns, column, count, lane;
 
-    __device__ __forceinline__ Tokens(const u16* x, int columns, int stride, int count, int lane)
-        : columns(columns), count(count), lane(lane) {
-        from = ARRANGED ? x + lane * 8 : x + (long)(lane >> 2) * stride + (lane & 3) * (G / 4);
-        tile_step = 8 * (ARRANGED ? (columns + G - 1) / G * G : stride);
-    }
+    __device__ __forceinline__ Rows(const u16* x, int columns, int stride, int count, int lane)
+        : from(x + (long)(lane >> 2) * stride + (lane & 3) * (G / 4)), tile_step(8 * stride), columns(columns),
+          column((lane & 3) * (G / 4)), count(count), lane(lane) {}
 
-    // What lies beyond the columns or the tokens counts as zero.
-    template <int SPANS> __device__ __forceinline__ void ask(u32 to, int tile, int group, int first) const {
-        const bool there = group * G + (lane & 3) * (G / 4) < columns && tile * 8 + (lane >> 2) < count;
-        const u16* at = from + (u32)(tile * tile_step + group * (ARRANGED ? 8 * G : G));
+    __device__ __forceinline__ void ask(u32 at, int group, int first) const {
 #pragma unroll
-        for (int s = 0; s < SPANS; ++s)
-            copy<16, ARRANGED>(to + s * 512 + lane * 16, (const u8*)(at + (first + s) * (ARRANGED ? 256 : 8)), there);
+        for (int n = 0; n < NT; ++n) {
+            const bool there = group * G + column < columns && n * 8 + (lane >> 2) < count;
+            const u16* start = from + (u32)(n * tile_step + group * G + first * 8);
+#pragma unroll
+            for (int s = 0; s < SPANS; ++s) copy<16, false>(at + (n * SPANS + s) * 512 + lane * 16, (const u8*)(start + s * 8), there);
+        }
     }
-
-    static __device__ __forceinline__ uint4 read(u32 from, int lane) {
-        uint4 v;
-        from_shared<4>(&v.x, from + lane * 16);
-        return v;
-    }
-    static __device__ __forceinline__ uint4 in_order(uint4 v) { return ARRANGED ? v : paired(v); }
 };
 
-// The part of a team's tokens that one of its warps copies: of all eight tokens of NT tiles SPANS spans. Rows of values are read
-// along, SPANS times four neighbouring vectors of a token at a time, and spans stand so far apart that these go to banks of
-// their own, as the lanes do that read one span.
-template <int G, int SPANS, int NT, bool ARRANGED, int ACROSS> struct Share {
+// Arranged ones, of which every warp of a team copies its part, past the first-level cache, which is better left to steps and zeros.
+// All NT tiles are read, and may hold anything behind the last token: no output is of it.
+template <int G, int SPANS, int NT, int ACROSS> struct Share {
     static_assert((ACROSS & (ACROSS - 1)) == 0);
-    static constexpr int APART = ARRANGED || SPANS == 1 ? 512 : 512 + 128 / SPANS, BYTES = NT * SPANS * APART;
     static constexpr int PARTS = NT * SPANS, COUNT = PARTS > ACROSS ? PARTS / ACROSS : 1;
+    static constexpr int TILES = COUNT > SPANS ? COUNT / SPANS : 1, EACH = COUNT / TILES;
     const u8* x;
-    u32 from[COUNT], to;
-    int limit[COUNT], column;
+    u32 from[TILES], to;
+    int columns, column;
     bool idle;
 
-    __device__ __forceinline__ Share(const u16* x, int columns, int stride, int count, int member, int lane) : x((const u8*)x) {
-        const int part = member * COUNT, span = ARRANGED ? 0 : lane % SPANS, t = ARRANGED ? lane & 3 : lane / SPANS & 3;
-        const int token = ARRANGED ? lane >> 2 : lane / (4 * SPANS);
+    __device__ __forceinline__ Share(const u16* x, int columns, int member, int lane)
+        : x((const u8*)x), columns(columns), column((lane & 3) * (G / 4)) {
+        const int part = member * COUNT;
         idle = PARTS < ACROSS && part >= PARTS;
-        column = t * (G / 4);
-        to = place(part) + span * APART + (token * 4 + t) * 16;
+        to = part * 512 + lane * 16;
 #pragma unroll
-        for (int j = 0; j < COUNT; ++j) {
-            const int tile = (part + j) / SPANS, rest = (part + j) % SPANS;
-            if (ARRANGED) {
-                from[j] = 2 * (tile * 8 * ((columns + G - 1) / G * G) + rest * 256 + lane * 8);
-                limit[j] = tile * 8 + token < count ? columns : 0;
-            } else {  // no output is of a token beyond the last one: it may stand in for them
-                from[j] = 2 * (min(tile * 8 + rest * (8 / SPANS) + token, count - 1) * stride + column + span * 8);
-                limit[j] = columns;
-            }
-            asm volatile("" : "+r"(from[j]));  // computed once, not in every turn
+        for (int n = 0; n < TILES; ++n) {
+            from[n] = (part / SPANS + n) * 16 * ((columns + G - 1) / G * G) + part % SPANS * 512 + lane * 16;
+            asm volatile("" : "+r"(from[n]));  // computed once, not in every turn
         }
         asm volatile("" : "+r"(to));
     }
 
-    static constexpr __device__ __forceinline__ int place(int part) {
-        return ARRANGED ? part * APART : part / SPANS * (SPANS * APART) + part % SPANS * (8 / SPANS) * 64;
-    }
-
     __device__ __forceinline__ void ask(u32 at, int group, int first) const {
         if (idle) return;
-        const u8* start = x + (u32)(ARRANGED ? group * (16 * G) + first * 512 : group * (2 * G) + first * 16);
+        const bool there = group * G + column < columns;
 #pragma unroll
-        for (int j = 0; j < COUNT; ++j)
-            copy<16, ARRANGED>(at + to + place(j), start + from[j], group * G + column < limit[j]);
+        for (int n = 0; n < TILES; ++n) {
+            const u8* start = x + (from[n] + (u32)(group * (16 * G) + first * 512));
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) copy<16, true>(at + to + (n * EACH + j) * 512, start + j * 512, there);
+        }
     }
 };
 
 // What a piece takes in shared memory.
 template <int BITS, int G, int MATRICES> constexpr int CODE_BYTES = MATRICES * 256 * Codes<BITS, G>::WORDS;
-template <int BITS, int G, int NT, bool ARRANGED, int ACROSS>
-constexpr int TOKEN_BYTES = ACROSS == 1 ? NT * (G / 32 / PIECES<BITS, G>) * 512 : Share<G, G / 32 / PIECES<BITS, G>, NT, ARRANGED, ACROSS>::BYTES;
+template <int BITS, int G, int NT> constexpr int TOKEN_BYTES = NT * (G / 32 / PIECES<BITS, G>) * 512;
 // Pieces of a warp that are on their way while it works on one.
 template <int RING, int BYTES> constexpr int DEPTH = RING / BYTES < 8 ? RING / BYTES : 8;
 
@@ -299,40 +281,56 @@ __device__ __forceinline__ void wait_for_front() {
 #endif
 }
 
-// Warps that must find room for their registers on a multiprocessor: what was fastest on an H200.
-template <int NT, int MATRICES, bool ARRANGED>
-constexpr int RESIDENT = ARRANGED || NT == 2 ? 16 : NT == 4 || MATRICES == 4 ? 12 : 20;
-
 // Adds the products of rows of several matrices, TALL times 16 of each, with the same tokens over the groups first,
 // first + stride, ... Sums are those of all matrices' first 16 rows, then of all their next ones.
 //
+// INNER: tokens are those of the FFN. Of one tile they are rows of values; else they are arranged, and the sum of a group is given
+// for each.
+//
 // ACROSS warps at different rows are a team: they go through the same groups and share the tokens, of which each copies a part.
-template <int BITS, int G, int SEVERAL, int TALL, int NT, bool HALF, bool ARRANGED, int ACROSS, int RING>
+template <int BITS, int G, int SEVERAL, int TALL, int NT, bool HALF, bool INNER, int ACROSS, int RING>
 __device__ __forceinline__ void accumulate(
-    float (&sums)[SEVERAL * TALL][NT][4], const Matrix (&m)[SEVERAL], const int (&row)[TALL][2], const u16* x, int x_stride,
-    int tokens, int first, int last, int stride, bool wait
+    float (&sums)[SEVERAL * TALL][NT][4], const Matrix (&m)[SEVERAL], const int (&row)[TALL][2], const u16* x,
+    const float* given, int tokens, int first, int stride, bool wait
 ) {
     constexpr int MATRICES = SEVERAL * TALL, P = PIECES<BITS, G>, SPANS = G / 32 / P;
     // A team's ring has the codes of all its warps and then the tokens of one piece after the other.
-    constexpr int CODES = CODE_BYTES<BITS, G, MATRICES>, BYTES = ACROSS * CODES + TOKEN_BYTES<BITS, G, NT, ARRANGED, ACROSS>;
+    constexpr int CODES = CODE_BYTES<BITS, G, MATRICES>, BYTES = ACROSS * CODES + TOKEN_BYTES<BITS, G, NT>;
     constexpr int D = DEPTH<ACROSS * RING, BYTES>;
     static_assert(D > (ACROSS > 1));
     // A piece of tokens can be replaced when the whole team has read it: one turn later.
     constexpr int AHEAD = ACROSS > 1 ? D - 1 : D;
-    constexpr bool LATER = NT == 1 && BITS <= 4;  // more tiles share what it costs to take origins off the codes
-    constexpr int ORIGIN = LATER ? (HALF ? 1024 : 128) : 0;
-    constexpr bool PLAIN = BITS == 8 && !HALF;  // the zero is one of float32's
-    constexpr int MINUS = PLAIN ? 0 : Magic<HALF>::MINUS & 0xFFFF;
+    constexpr bool ARRANGED = !INNER || NT > 1, GIVEN = INNER && ARRANGED;
+    static_assert(ARRANGED || ACROSS == 1);
+    constexpr bool LATER = GIVEN || NT <= 2;  // more tiles share what it costs to take zeros off the codes
+    using Placed = Order<BITS, HALF>;
     const int lane = threadIdx.x & 31, t = lane & 3, columns = m[0].columns, groups = (columns + G - 1) / G;
     const int team = (threadIdx.x >> 5) / ACROSS, member = (threadIdx.x >> 5) % ACROSS;
     u32 ring = shared_address(memory) + team * ACROSS * RING + member * CODES, to_tokens = (ACROSS - member) * CODES;
     if (ACROSS > 1) asm volatile("" : "+r"(ring), "+r"(to_tokens));
-    using Part = Share<G, SPANS, NT, ARRANGED, ACROSS>;
-    const Part share(x, columns, x_stride, tokens, member, lane);
-    const Tokens<G, ARRANGED> source(x, columns, x_stride, tokens, lane);
+    const Share<G, SPANS, NT, ACROSS> share(x, columns, member, lane);
+    const Rows<G, SPANS, NT> rows(x, columns, columns, tokens, lane);
     Grid<BITS> coming[MATRICES][2];
     u32 grid[MATRICES][2];
     float unit[MATRICES][2];
+    // What the steps of a row have in common; of 16-bit weights a power of two.
+    const auto find_units = [&](int exponent) {
+#pragma unroll
+        for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const u16* of = m[k % SEVERAL].unit;
+                unit[k][i] = BITS == 16 ? power(exponent) : of ? half_value(of[row[k / SEVERAL][i]]) / 256.f * UNIT<HALF> : UNIT<HALF>;
+            }
+    };
+    const auto times_units = [&] {
+#pragma unroll
+        for (int k = 0; k < MATRICES; ++k)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[k][n][e] *= unit[k][e >> 1];
+    };
     // Thread t of a row's four fetches step and zero of every fourth group that the warp works on.
     const auto place = [&](int k, int i, int from) { return (u32)(row[k / SEVERAL][i] * groups + min(from + t * stride, groups - 1)); };
     const auto fetch = [&](int from) {
@@ -353,7 +351,7 @@ __device__ __forceinline__ void accumulate(
     const auto column_of = [&](int group, int piece) { return (u32)(group * G + t * (G / 4) + piece * Codes<BITS, G>::COLUMNS); };
     const auto place_of = [&](u32 at, int k, int i) { return at + (k * 2 + i) * 128 * Codes<BITS, G>::WORDS; };
     const auto ask_codes = [&](u32 at, int group, int piece) {
-        if (group < last)
+        if (group < groups)
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
@@ -361,28 +359,21 @@ __device__ __forceinline__ void accumulate(
                     Codes<BITS, G>::ask(place_of(at, k, i), lane, m[k % SEVERAL].codes, start[k / SEVERAL][i], columns, column_of(group, piece));
     };
     const auto ask_tokens = [&](u32 at, int group, int piece) {
-        if (group >= last) return;
-        if constexpr (ACROSS > 1) share.ask(at, group, piece * SPANS);
-        else
-#pragma unroll
-            for (int n = 0; n < NT; ++n) source.template ask<SPANS>(at + n * SPANS * 512, n, group, piece * SPANS);
+        if (group >= groups) return;
+        if constexpr (ARRANGED) share.ask(at, group, piece * SPANS);
+        else rows.ask(at, group, piece * SPANS);
     };
     meet<ACROSS>(team);  // what an accumulation before this one left here has been read
-    if (first < last) {
+    if (first < groups) {
 #pragma unroll
         for (int d = 0; d < AHEAD; ++d) ask_codes(ring + d * BYTES, first + d / P * stride, d % P);
         fetch(first);
-#pragma unroll
-        for (int k = 0; k < MATRICES; ++k)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const u16* of = m[k % SEVERAL].unit;
-                unit[k][i] = BITS != 16 && of ? half_value(of[row[k / SEVERAL][i]]) / 256.f : 1.f;
-            }
+        // `inner` has no sums of another branch yet, and can leave its units to the end.
+        if (BITS != 16 && !INNER) find_units(0);
     }
     // Weights are on their way; tokens may still be made by the kernel in front.
     if (wait) wait_for_front();
-    if (first >= last) return;
+    if (first >= groups) return;
 #pragma unroll
     for (int d = 0; d < AHEAD; ++d) {
         ask_tokens(ring + d * BYTES + to_tokens, first + d / P * stride, d % P);
@@ -390,34 +381,37 @@ __device__ __forceinline__ void accumulate(
     }
     int turn = 0;
     u32 zero[MATRICES][2];
-    float step[MATRICES][2], off[MATRICES][2], found[MATRICES][NT][4], total[NT][4];
+    float found[MATRICES][NT][4], total[NT][4];
+    // Step and zero of a row in this turn's group, from the thread that fetched them.
+    const auto grid_of = [&](int k, int i) { return __shfl_sync(0xFFFFFFFFu, grid[k][i], (lane & ~3) | turn); };
     const auto begin = [&](int group) {
         if (BITS == 16) return;
         if (turn == 0) {
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) grid[k][i] = coming[k][i].template packed<ORIGIN, MINUS>(m[k % SEVERAL], place(k, i, group));
-            if (group + 4 * stride < last) fetch(group + 4 * stride);
+                for (int i = 0; i < 2; ++i) grid[k][i] = coming[k][i].template packed<LATER>(m[k % SEVERAL], place(k, i, group));
+            if (group + 4 * stride < groups) fetch(group + 4 * stride);
         }
+        if (!LATER)
 #pragma unroll
-        for (int k = 0; k < MATRICES; ++k)
+            for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const u32 here = __shfl_sync(0xFFFFFFFFu, grid[k][i], (lane & ~3) | turn);
-                step[k][i] = half_value(here >> 16) * unit[k][i];
-                if (LATER) off[k][i] = half_value(here & 0xFFFF);
-                else zero[k][i] = PLAIN ? here & 0xFFFF : permute(here, 0, 0x1010);
+                for (int i = 0; i < 2; ++i) zero[k][i] = permute(grid_of(k, i), 0, 0x1010);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            if (GIVEN) {
+                const float2 two = *(const float2*)(given + (u32)((n * groups + group) * 8 + t * 2));
+                total[n][0] = two.x;
+                total[n][1] = two.y;
             }
-        turn = (turn + 1) & 3;
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                total[n][e] = 0.f;
+                if (!GIVEN) total[n][e] = 0.f;
 #pragma unroll
                 for (int k = 0; k < MATRICES; ++k) found[k][n][e] = 0.f;
             }
+        }
     };
     const auto work = [&](const Codes<BITS, G> (&now)[MATRICES][2], u32 tokens_at) {
 #pragma unroll
@@ -426,12 +420,17 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
             for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    decode<BITS, HALF, G, LATER>(a[k][i], now[k][i], s, BITS == 16 || LATER ? 0 : zero[k][i]);
+                for (int i = 0; i < 2; ++i) {
+                    decode<BITS, HALF, G>(a[k][i], now[k][i], s);
+                    if (BITS == 16 || LATER) continue;
+#pragma unroll
+                    for (int p = 0; p < 4; ++p) a[k][i][p] = multiply_add<HALF>(a[k][i][p], ONES<HALF>, zero[k][i] << Placed::above(p) | 0x80008000u);
+                }
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-                constexpr int APART = ACROSS > 1 ? Part::APART : 512;
-                const uint4 v = source.in_order(source.read(tokens_at + (n * SPANS + s) * APART, lane));
+                uint4 v;
+                from_shared<4>(&v.x, tokens_at + (n * SPANS + s) * 512 + lane * 16);
+                if (!ARRANGED) v = Placed::of(v);
 #pragma unroll
                 for (int k = 0; k < MATRICES; ++k) {
                     const u32 left[4] = {a[k][0][0], a[k][1][0], a[k][0][1], a[k][1][1]};
@@ -439,10 +438,11 @@ __device__ __forceinline__ void accumulate(
                     multiply<HALF>(BITS == 16 ? sums[k][n] : found[k][n], left, v.x, v.y);
                     multiply<HALF>(BITS == 16 ? sums[k][n] : found[k][n], right, v.z, v.w);
                 }
-                if (LATER) {
-                    const u32 ONE = Magic<HALF>::ONE, ones[4] = {ONE, ONE, ONE, ONE};
-                    multiply<HALF>(total[n], ones, v.x, v.y);
-                    multiply<HALF>(total[n], ones, v.z, v.w);
+                if (BITS != 16 && LATER && !GIVEN) {
+                    const auto one = [](int pair) { return 0x00010001u << Placed::above(pair); };
+                    const u32 left[4] = {one(0), one(0), one(1), one(1)}, right[4] = {one(2), one(2), one(3), one(3)};
+                    multiply<HALF>(total[n], left, v.x, v.y);
+                    multiply<HALF>(total[n], right, v.z, v.w);
                 }
             }
         }
@@ -452,15 +452,23 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
         for (int k = 0; k < MATRICES; ++k)
 #pragma unroll
-            for (int n = 0; n < NT; ++n)
+            for (int i = 0; i < 2; ++i) {
+                const u32 here = grid_of(k, i);
+                const float step = INNER ? half_value(here >> 16) : half_value(here >> 16) * unit[k][i], off = half_value(here & 0xFFFF);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float value = LATER ? found[k][n][e] - off[k][e >> 1] * total[n][e & 1] : found[k][n][e];
-                    sums[k][n][e] += step[k][e >> 1] * value;
-                }
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int e = 2 * i; e < 2 * i + 2; ++e)
+                        sums[k][n][e] += step * (LATER ? found[k][n][e] - off * total[n][e & 1] : found[k][n][e]);
+            }
     };
+    // 16-bit weights multiply tokens that are lifted, and their products are added to sums that are not.
+    if (BITS == 16 && !HALF) {
+        find_units(LIFT<HALF>);
+        times_units();
+    }
     u32 at = ring, before = ring + (D - 1) * BYTES;
-    for (int group = first; group < last; group += stride) {
+    for (int group = first; group < groups; group += stride, turn = (turn + 1) & 3) {
         begin(group);
 #pragma unroll
         for (int piece = 0; piece < P; ++piece) {
@@ -488,6 +496,10 @@ __device__ __forceinline__ void accumulate(
             }
         }
         end();
+    }
+    if (BITS == 16 ? !HALF : INNER) {
+        find_units(-LIFT<HALF>);
+        times_units();
     }
 }
 
@@ -535,21 +547,21 @@ template <int TALL> __device__ __forceinline__ void rows_of(int (&row)[TALL][2],
 
 template <int BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int ACROSS, int TALL, int RING>
 __device__ __forceinline__ void inner_block(
-    const u16* x, u16* h, const Matrix& gate, const Matrix& up, const u16* gate_bias,
-    const u16* up_bias, int block, int tokens, int x_stride
+    const u16* x, const float* given, u16* h, const Matrix& gate, const Matrix& up, const u16* gate_bias,
+    const u16* up_bias, int block, int tokens
 ) {
     constexpr int SEVERAL = GATED ? 2 : 1;
     const int warp = threadIdx.x >> 5, first = block * 16 * TALL * ACROSS, groups = (up.rows + G - 1) / G;
-    const int groups_in = (up.columns + G - 1) / G;
+    using Placed = Order<BITS, HALF>;
     int row[TALL][2];
     rows_of<TALL>(row, first + warp % ACROSS * 16 * TALL, up.rows);
     float sums[SEVERAL * TALL][NT][4] = {};
     if constexpr (GATED) {
         const Matrix both[2] = {up, gate};
-        accumulate<BITS, G, 2, TALL, NT, HALF, false, ACROSS, RING>(sums, both, row, x, x_stride, tokens, warp / ACROSS, groups_in, WARPS / ACROSS, false);
+        accumulate<BITS, G, 2, TALL, NT, HALF, true, ACROSS, RING>(sums, both, row, x, given, tokens, warp / ACROSS, WARPS / ACROSS, NT > 1);
     } else {
         const Matrix one[1] = {up};
-        accumulate<BITS, G, 1, TALL, NT, HALF, false, ACROSS, RING>(sums, one, row, x, x_stride, tokens, warp / ACROSS, groups_in, WARPS / ACROSS, false);
+        accumulate<BITS, G, 1, TALL, NT, HALF, true, ACROSS, RING>(sums, one, row, x, given, tokens, warp / ACROSS, WARPS / ACROSS, NT > 1);
     }
     add_up<RING, SEVERAL * TALL, TALL, NT, WARPS, ACROSS>(sums, [&](int r, int token, float (&total)[SEVERAL * TALL]) {
 #pragma unroll
@@ -560,42 +572,79 @@ __device__ __forceinline__ void inner_block(
             float found;
             if constexpr (GATED) found = activated<ACT>(total[j * SEVERAL + 1] + (gate_bias ? value_of<HALF>(gate_bias[neuron]) : 0.f)) * u;
             else found = activated<ACT>(u);
-            h[arranged<G>(token, neuron, groups)] = bits_of<HALF>(found);
+            h[arranged<BITS, G, HALF>(token, neuron, groups)] = bits_of<HALF>(found * power(LIFT<HALF> - Placed::above(Placed::pair(neuron % 8))));
         }
     });
 }
 
+template <int HEAVY_BITS, int REST_BITS>
+constexpr bool SEVERAL_ORDERS = HEAVY_BITS != 0 && HEAVY_BITS != REST_BITS;
+
+// Tokens in the order of either branch, one behind the other, or once if both have the same; and the sums of their groups, in the
+// unit of products with codes: for every tile and group those of eight tokens. A warp does a group of a tile.
+template <int HEAVY_BITS, int REST_BITS, int G, bool HALF>
+__global__ void __launch_bounds__(128) arrange(const u16* x, u16* to, float* given, int tokens, int columns) {
+    wait_for_front();  // first: the next launch takes it that all in front of this one have ended
+    let_next_start();
+    const int groups = (columns + G - 1) / G, tiles = (tokens + 7) / 8, lane = threadIdx.x & 31;
+    const int index = blockIdx.x * 4 + threadIdx.x / 32, token = index / groups * 8 + (lane >> 2);
+    if (index >= tiles * groups) return;
+    float sum = 0.f;
+#pragma unroll
+    for (int span = 0; span < G / 32; ++span) {
+        const int column = index % groups * G + (lane & 3) * (G / 4) + span * 8;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (token < tokens && column < columns) v = *(const uint4*)(x + (long)token * columns + column);
+        const u32 two[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int p = 0; p < 4; ++p) sum += value_of<HALF>(two[p] & 0xFFFF) + value_of<HALF>(two[p] >> 16);
+        uint4* out = (uint4*)to + index * G + span * 32 + lane;
+        if (SEVERAL_ORDERS<HEAVY_BITS, REST_BITS>) {
+            *out = Order<HEAVY_BITS, HALF>::of(v);
+            out += tiles * groups * G;
+        }
+        *out = Order<REST_BITS, HALF>::of(v);
+    }
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+    if ((lane & 3) == 0) given[index * 8 + (lane >> 2)] = sum / UNIT<HALF>;
+}
+
 // h = act(gate x) * (up x) of both branches, each arranged for `outer`; grid (blocks of 16 TALL ACROSS neurons, blocks of NT tiles).
-template <int HEAVY_BITS, int REST_BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int ACROSS, int TALL, int RING>
-__global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, (GATED ? 2 : 1) * TALL, false> + WARPS - 1) / WARPS) inner(
-    const u16* x, u16* h,
+template <int HEAVY_BITS, int REST_BITS, int G, int NT, int ACT, bool GATED, bool HALF, int WARPS, int ACROSS, int TALL, int RING, int RESIDENT>
+__global__ void __launch_bounds__(WARPS * 32, (RESIDENT + WARPS - 1) / WARPS) inner(
+    const u16* x, const float* given, u16* h,
     const u8* hg, const void* hgs, const u8* hgz, const u16* hgu, const u16* hgb,
     const u8* hu, const void* hus, const u8* huz, const u16* huu, const u16* hub,
     const u8* rg, const void* rgs, const u8* rgz, const u16* rgu, const u16* rgb,
     const u8* ru, const void* rus, const u8* ruz, const u16* ruu, const u16* rub,
     int tokens, int heavy, int rest, int d_model
 ) {
+    if (NT == 1) wait_for_front();  // before anything is read: weights may have been written just now
     let_next_start();
     const int tile = blockIdx.y * NT, left = tokens - tile * 8, tiles = (tokens + 7) / 8;
     const long heavy_width = (long)(heavy + G - 1) / G * G, rest_width = (long)(rest + G - 1) / G * G;
-    x += (long)tile * 8 * d_model;
+    const long padded = NT > 1 ? (long)(d_model + G - 1) / G * G : d_model;  // of tokens in order, if they are
+    x += tile * 8 * padded;
+    given += tile * (padded / G * 8);
     const int heavy_blocks = (heavy + 16 * TALL * ACROSS - 1) / (16 * TALL * ACROSS), block = blockIdx.x;
     if constexpr (HEAVY_BITS != 0) {
         if (block < heavy_blocks) {
             inner_block<HEAVY_BITS, G, NT, ACT, GATED, HALF, WARPS, ACROSS, TALL, RING>(
-                x, h + tile * 8 * heavy_width, {hg, hgs, hgz, hgu, heavy, d_model},
-                {hu, hus, huz, huu, heavy, d_model}, hgb, hub, block, left, d_model);
+                x, given, h + tile * 8 * heavy_width, {hg, hgs, hgz, hgu, heavy, d_model},
+                {hu, hus, huz, huu, heavy, d_model}, hgb, hub, block, left);
             return;
         }
     }
+    if (NT > 1 && SEVERAL_ORDERS<HEAVY_BITS, REST_BITS>) x += tiles * 8 * padded;
     inner_block<REST_BITS, G, NT, ACT, GATED, HALF, WARPS, ACROSS, TALL, RING>(
-        x, h + tiles * 8 * heavy_width + tile * 8 * rest_width, {rg, rgs, rgz, rgu, rest, d_model},
-        {ru, rus, ruz, ruu, rest, d_model}, rgb, rub, block - heavy_blocks, left, d_model);
+        x, given, h + tiles * 8 * heavy_width + tile * 8 * rest_width, {rg, rgs, rgz, rgu, rest, d_model},
+        {ru, rus, ruz, ruu, rest, d_model}, rgb, rub, block - heavy_blocks, left);
 }
 
 // y = down h + bias over both branches; grid (blocks of 16 TALL ACROSS outputs, blocks of NT tiles).
-template <int HEAVY_BITS, int REST_BITS, int G, int NT, bool HALF, int WARPS, int ACROSS, int TALL, int RING>
-__global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, true> + WARPS - 1) / WARPS) outer(
+template <int HEAVY_BITS, int REST_BITS, int G, int NT, bool HALF, int WARPS, int ACROSS, int TALL, int RING, int RESIDENT>
+__global__ void __launch_bounds__(WARPS * 32, (RESIDENT + WARPS - 1) / WARPS) outer(
     const u16* h, u16* y, const u16* bias,
     const u8* hd, const void* hds, const u8* hdz, const u16* hdu,
     const u8* rd, const void* rds, const u8* rdz, const u16* rdu,
@@ -611,13 +660,13 @@ __global__ void __launch_bounds__(WARPS * 32, (RESIDENT<NT, TALL, true> + WARPS 
     if constexpr (HEAVY_BITS != 0) {
         const Matrix one[1] = {{hd, hds, hdz, hdu, d_model, heavy}};
         const u16* part = h + (long)tile * 8 * heavy_groups * G;
-        accumulate<HEAVY_BITS, G, 1, TALL, NT, HALF, true, ACROSS, RING>(sums, one, row, part, 0, left, team, heavy_groups, TEAMS, true);
+        accumulate<HEAVY_BITS, G, 1, TALL, NT, HALF, false, ACROSS, RING>(sums, one, row, part, nullptr, left, team, TEAMS, true);
     }
     // The teams take turns across both branches, so that none has two groups more than another.
     const Matrix one[1] = {{rd, rds, rdz, rdu, d_model, rest}};
     const int turn = (team + TEAMS - heavy_groups % TEAMS) % TEAMS;
     const u16* part = h + (long)tiles * 8 * heavy_groups * G + (long)tile * 8 * rest_groups * G;
-    accumulate<REST_BITS, G, 1, TALL, NT, HALF, true, ACROSS, RING>(sums, one, row, part, 0, left, turn, rest_groups, TEAMS, HEAVY_BITS == 0);
+    accumulate<REST_BITS, G, 1, TALL, NT, HALF, false, ACROSS, RING>(sums, one, row, part, nullptr, left, turn, TEAMS, HEAVY_BITS == 0);
     add_up<RING, TALL, TALL, NT, WARPS, ACROSS>(sums, [&](int r, int token, float (&total)[TALL]) {
 #pragma unroll
         for (int j = 0; j < TALL; ++j) {
