@@ -6,7 +6,8 @@ python benchmarks/speed_table.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def cells(times: Mapping[str, float]) -> list[str]:
     return [number(times.get(name)) for name in GPU_COLUMNS]
 
 
-def cpu() -> list[str]:
+def cpu(name: str) -> list[str]:
     """Every storage over dense of its dtype, what torch itself offers, and SmolLM2 whole."""
-    document = read("cpu")
+    document = read(name)
     lines: list[str] = []
     for shape, found in document["ffn"].items():
         lines += [shape, "", *over_dense(found["milliseconds"]), *of_torch(found)]
@@ -105,9 +106,9 @@ def of_torch(found: Mapping[str, Any]) -> list[str]:
     return table("share of torch's best", shares, rows)
 
 
-def onnx() -> list[str]:
+def onnx(name: str) -> list[str]:
     """Times dense in ONNX Runtime, with the goals that rows have, and the whole encoder."""
-    document = read("onnx-cpu")
+    document = read(name)
     measured = {(row["row"], row["d_model"], row["tokens"]): row for row in document["ffn"]}
     columns = {(row["d_model"], row["tokens"]): row for row in document["ffn"]}
     titles = [
@@ -145,7 +146,14 @@ def circumstances(name: str) -> list[str]:
     return [f"`{name}.json`: {place}; {', '.join(dict.fromkeys(shown))}; {found['date'][:10]}.", ""]
 
 
-TABLES = {"gpu": (SPEED, "gpu-h200", gpu), "cpu": (SPEED, "cpu", cpu), "onnx": (ONNX, "onnx-cpu", onnx)}
+# By marker: the page, the results file and what makes lines of it. AMX and Zen 5 are two kinds of CPU.
+TABLES: dict[str, tuple[Path, str, Callable[[], list[str]]]] = {
+    "gpu": (SPEED, "gpu-h200", gpu),
+    "cpu": (SPEED, "cpu", partial(cpu, "cpu")),
+    "cpu-zen5": (SPEED, "cpu-zen5", partial(cpu, "cpu-zen5")),
+    "onnx": (ONNX, "onnx-cpu", partial(onnx, "onnx-cpu")),
+    "onnx-zen5": (ONNX, "onnx-cpu-zen5", partial(onnx, "onnx-cpu-zen5")),
+}
 
 
 def updated(page: str, name: str) -> str:

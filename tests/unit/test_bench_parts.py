@@ -24,7 +24,8 @@ from ffsplit.bench.peers import PEERS, PeerFFN, build_peers
 from ffsplit.bench.roofline import Roofline, measure_roofline
 from ffsplit.budget.cost import dense_spec
 from ffsplit.ffn.made_up import fill
-from ffsplit.ffn.merged import MergedSum, Product, Watched
+from ffsplit.ffn.merged import Watched
+from ffsplit.ffn.merging import MergedSum, Product
 from ffsplit.ffn.projections import Int8DynamicSpec, PackedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN, dense_branch

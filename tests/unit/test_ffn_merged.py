@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffsplit.ffn import merged
-from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
+from ffsplit.ffn import merged, merging
+from ffsplit.ffn.projections import Dense, Int8Dynamic, Int8DynamicSpec, LowRank, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
-from ffsplit.kernels import cache, cpu, cpu_int4
+from ffsplit.kernels import cache, cpu, cpu_int4, cpu_int8
 from ffsplit.kernels.dispatch import exact_products, reference_only
 from ffsplit.ops.rounding import round_to_nearest
 
 D_MODEL, NEURONS = 256, 128
 ROUNDED = 2e-2
 """Of the output's norm: an FFN of bfloat16 products."""
+
+
+needs_few_int8 = pytest.mark.skipif(not cpu_int8.takes_few(1), reason="torch has no fbgemm kernel on this CPU")
 
 
 def matrix(rows: int, columns: int) -> Tensor:
@@ -31,6 +34,8 @@ def stored(kind: str, rows: int, columns: int) -> Projection:
         return Dense(matrix(rows, columns))
     if kind == "low_rank":
         return LowRank(matrix(rows, 24), matrix(24, columns))
+    if kind == "w8a8":
+        return Int8Dynamic.from_dense(matrix(rows, columns), Int8DynamicSpec(shape=(rows, columns)), torch.float32)
     bits = int(kind)
     codes, grid = round_to_nearest(matrix(rows, columns), bits, 64)
     return Packed.from_codes(codes, grid, bits=bits, group=64)
@@ -91,6 +96,31 @@ def test_few_tokens_in_bfloat16_are_merged(kinds: tuple[str, ...], gated: bool) 
         assert error(found, exact(module, x)) < ROUNDED
     assert not module.merged.is_empty
     assert all(branch.down.derived.is_empty for branch in module._branches()), "packed matrices are kept twice"
+
+
+@needs_few_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kinds", [("w8a8",), ("w8a8", "w8a8"), ("dense", "w8a8")], ids="+".join)
+@torch.no_grad()
+def test_a_token_is_rounded_once_for_all_int8_matrices(kinds: tuple[str, ...], dtype: torch.dtype) -> None:
+    module = ffn(*kinds, wide=4).to(dtype)
+    x = torch.randn(cpu_int8.FEW + 1, D_MODEL).to(dtype)
+    separate = module(x)
+    for tokens in (1, 4):
+        found = module(x[:tokens])
+        assert found.dtype == dtype
+        assert error(found, separate[:tokens].double()) < ROUNDED
+    rounded_floats = "dense" not in kinds or dtype != torch.float32
+    assert module.merged.is_empty != rounded_floats
+    if rounded_floats:
+        module._branches()[-1].up.codes.neg_()
+        changed = module(x[:4])
+        assert error(changed, separate[:4].double()) > 0.1
+        assert error(changed, module(x)[:4].double()) < ROUNDED
+    assert module(x[:1]).isfinite().all()
+    plain = ffn("w8a8", gated=False, wide=8)
+    plain(x[:1].float())
+    assert plain.merged.is_empty, "one matrix of inputs, one of outputs"
 
 
 @needs_int4
@@ -290,21 +320,21 @@ def test_export_with_any_number_of_tokens_sees_the_branches() -> None:
 @torch.no_grad()
 def test_on_a_gpu_floats_are_merged_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, room = torch.device("cuda"), 1 << 30
-    monkeypatch.setattr(merged, "decoded_room", lambda _device: room)
+    monkeypatch.setattr(merging, "decoded_room", lambda _device: room)
     for kinds in (("dense", "low_rank"), ("low_rank", "dense", "low_rank")):
         module, x = ffn(*kinds), torch.randn(60, D_MODEL)
         branches = module._branches()
-        made = merged._merge(branches, x.dtype, gpu)
+        made = merging.merge(branches, x.dtype, gpu)
         assert made is not None
         assert made.most_tokens > 1 << 40
         assert len(made.inner) == len(made.outer) == 1
         found = merged._run(x, branches, made) + module.bias
         assert error(found, exact(module, x)) < 1e-5
-    assert merged._merge(ffn("dense", "4")._branches(), torch.bfloat16, gpu) is None, "int4 kernels are of the CPU"
-    assert merged._merge(ffn("low_rank")._branches(), torch.float32, gpu) is None
+    assert merging.merge(ffn("dense", "4")._branches(), torch.bfloat16, gpu) is None, "int4 kernels are of the CPU"
+    assert merging.merge(ffn("low_rank")._branches(), torch.float32, gpu) is None
     room = 1000
-    with pytest.raises(merged.NoRoom):
-        merged._merge(branches, torch.float32, gpu)
+    with pytest.raises(merging.NoRoom):
+        merging.merge(branches, torch.float32, gpu)
 
 
 @torch.no_grad()

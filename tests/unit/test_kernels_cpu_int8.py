@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import runpy
 
 import pytest
 import torch
@@ -47,15 +46,57 @@ def test_sums_are_exact_at_their_largest(rows: int, columns: int) -> None:
     assert torch.equal(found, exact_product(x, codes) * 0.5)
 
 
+@pytest.mark.skipif(not cpu_int8.FEW_AVAILABLE, reason="this torch has no fbgemm")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3), (33, 4096), (64, 100), (1, 65_000)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_have_exact_sums_at_their_largest(rows: int, columns: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    signs = torch.randint(0, 2, (max(rows, tokens), columns), generator=generator, dtype=torch.int8) * 2 - 1
+    codes, x = 127 * signs[:rows], 127 * signs[:tokens]
+    few = cpu_int8.few_int8_matrix([(codes, torch.full((rows,), 0.5))])
+    assert torch.equal(cpu_int8.few_product(x.float(), few), exact_product(x, codes) * 0.5)
+
+
+@pytest.mark.skipif(not cpu_int8.FEW_AVAILABLE, reason="this torch has no fbgemm")
 @torch.no_grad()
-def test_a_token_with_nan_or_inf_says_so_and_spoils_no_other() -> None:
+def test_few_and_many_tokens_have_the_same_numbers() -> None:
+    projection, x = stored(272, 256), torch.randn(cpu_int8.FEW + 1, 256)
+    x[0] = 0
+    for tokens in (1, 2, cpu_int8.FEW):
+        torch.testing.assert_close(projection(x[:tokens]), projection(x)[:tokens], rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_without_fbgemm_few_tokens_take_the_kernel_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another engine was chosen, or torch has it no longer."""
+    projection, x = stored(272, 256), torch.randn(3, 256)
+    wanted = projection(x)
+    for name, value in (("takes_few", lambda tokens: False), ("FEW_AVAILABLE", False)):
+        monkeypatch.setattr(cpu_int8, name, value)
+        projection.derived.drop()
+        torch.testing.assert_close(projection(x), wanted, rtol=1e-6, atol=1e-6)
+        assert not projection.derived.holds("cpu_int8_few", (projection.codes, projection.scale))
+        monkeypatch.undo()
+    engine = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = "onednn"
+        assert not cpu_int8.takes_few(1)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+@pytest.mark.parametrize("more", [0, 20])
+@torch.no_grad()
+def test_a_token_with_nan_or_inf_says_so_and_spoils_no_other(more: int) -> None:
     projection = stored(272, 256)
-    x = torch.randn(3, 256)
+    x = torch.randn(3 + more, 256)
     clean = projection(x)
     x[1, 7], x[2, 9] = float("nan"), float("inf")
     found = projection(x)
     assert torch.equal(found[0], clean[0])
-    assert not bool(found[1:].isfinite().any())
+    assert not bool(found[1:3].isfinite().any())
+    assert not bool(projection(x[1:2]).isfinite().any())
+    assert not bool(projection(x[2:3]).isfinite().any())
 
 
 @torch.no_grad()
@@ -104,4 +145,3 @@ def test_a_default_device_changes_nothing() -> None:
     projection.derived.drop()
     with torch.device("meta"):
         assert torch.equal(projection(x), wanted)
-        assert runpy.run_path(cpu_int8.__file__)["MIDDLE_AS_TENSOR"].device.type == "cpu"

@@ -1,20 +1,10 @@
 """All branches of a sum in few products, where every product costs something whatever its size.
 
-Matrices that are given the same inputs stand below each other in one matrix: the ``up`` and ``gate`` of all branches,
-of low-rank ones their first factors. Matrices whose outputs are added stand beside each other: the ``down`` of all
-branches, of low-rank ones their last factors. Float matrices are merged with float ones, packed ones with packed ones:
-for few tokens as codes (as far as the CPU's int4 kernel takes them), for many decoded.
-
-The merged matrices are copies. Packed ones take the place of those that the kernel would need anyway. Float ones cost
-memory: of a heavy dense and a low-rank branch, all but the factors that are neither first nor last. On CPUs they are
-made where they were measured to pay: in half precision, and for few tokens. On GPUs, where nine products of a few
-microseconds each take their turns, they are made for any number of tokens, as far as there is room for decoded
-matrices.
+:mod:`ffsplit.ffn.merging` says which matrices become one and makes them; here they are kept, looked after and run.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,63 +14,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ffsplit.ffn.merging import (
+    MOST_EVER,
+    MergedSum,
+    NoRoom,
+    fits_int4,
+    merge,
+    merge_decoded,
+    most_tokens,
+    projections_of,
+)
 from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
-from ffsplit.ffn.projections import Dense, LowRank, Packed, Projection
+from ffsplit.ffn.projections import LowRank, Packed, Projection
 from ffsplit.kernels import cpu, cpu_int4
-from ffsplit.kernels.cache import State, counted, decoded_room, is_capturing, state_of
-from ffsplit.kernels.cpu_int4 import Int4Matrix, Int4Parts, int4_linear, int4_matrix, joined
-from ffsplit.kernels.dispatch import FLOATS, SMALLEST, is_traced, may_round, takes_kernels
+from ffsplit.kernels.cache import State, is_capturing, state_of
+from ffsplit.kernels.dispatch import FLOATS, is_traced, may_round, takes_kernels
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
-MOST_TOKENS = 128 if cpu.TILES else 4
-"""Up to how many tokens merging float matrices is worth their copies: the faster products are, the more."""
-MOST_EVER = max(MOST_TOKENS, *cpu_int4.MOST_TOKENS.values())
-HALF_PRECISION = (torch.bfloat16, torch.float16)
-Piece = Tensor | Int4Parts
 Kind = tuple[torch.dtype, str, bool]
-
-
-class NoRoom(Exception):
-    """The limit of decoded matrices leaves none."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """One product in place of several.
-
-    Attributes:
-        matrix: merged; one of floats may have a dtype of its own.
-        sizes: rows (or columns) of each of the matrices in it.
-        places: whose outputs (or inputs) these are.
-    """
-
-    matrix: Tensor | Int4Matrix
-    sizes: list[int]
-    places: tuple[int, ...]
-
-    def __call__(self, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
-        if not isinstance(self.matrix, Tensor):
-            return int4_linear(x, self.matrix)
-        return linear(x.to(self.matrix.dtype), self.matrix).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class MergedSum:
-    """The products of a sum.
-
-    Attributes:
-        inner: of its inputs.
-        outer: of its hidden activations.
-        most_tokens: for how many these are worth it.
-        decoded: whether packed matrices are in there decoded.
-    """
-
-    inner: tuple[Product, ...]
-    outer: tuple[Product, ...]
-    most_tokens: int
-    decoded: bool
 
 
 @dataclass(frozen=True)
@@ -189,8 +142,8 @@ def _have_hooks(branches: Sequence[Branch]) -> bool:
 
 def _most_as_codes(branches: Sequence[Branch], dtype: torch.dtype) -> int:
     """Up to how many tokens some branch of its own takes the int4 kernel."""
-    packed = [it for branch in branches for it in _projections(branch) if isinstance(it, Packed)]
-    return max((cpu_int4.most_tokens(it.spec.bits) for it in packed if _fits_int4(it, dtype)), default=0)
+    packed = [it for branch in branches for it in projections_of(branch) if isinstance(it, Packed)]
+    return max((cpu_int4.most_tokens(it.spec.bits) for it in packed if fits_int4(it, dtype)), default=0)
 
 
 def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -> Watched:
@@ -203,15 +156,15 @@ def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -
     tensors: list[Tensor] = []
     for branch in branches:
         places += [(branch._modules, name) for name in ("up", "gate", "down", "selector")]
-        for projection in _projections(branch):
+        for projection in projections_of(branch):
             for named in (projection._parameters, projection._buffers, projection._modules):
                 places += [(named, name) for name in named]
                 tensors += [it for it in named.values() if isinstance(it, Tensor)]
-    made = _merge_decoded if decoded else _merge
+    made = merge_decoded if decoded else merge
     merged = made(branches, x.dtype, x.device) if takes_kernels(x, tensors) else None
     if decoded and merged is not None:
         for branch in branches:
-            for projection in _projections(branch):
+            for projection in projections_of(branch):
                 if isinstance(projection, Packed):  # nothing is kept twice
                     projection.derived.drop()
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
@@ -259,127 +212,3 @@ def _before_outer(
     if isinstance(down, Packed) and not decoded and cpu_int4.halves(down.spec.bits) == 2:
         return torch.cat([hidden, hidden], 1)
     return hidden
-
-
-@torch.no_grad()
-def _merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
-    """The merged matrices; None if there is nothing to merge, or something that cannot be."""
-    projections = [projection for branch in branches for projection in _projections(branch)]
-    on_cpu = device.type == "cpu"
-    pays = len(branches) > 1 and (dtype in HALF_PRECISION or not on_cpu)
-    if not pays and not all(isinstance(projection, Packed) for projection in projections):
-        return None
-    mergeable = all(_is_mergeable(projection, dtype, on_cpu) for projection in projections)
-    if not mergeable or any(branch.selector is not None for branch in branches):
-        return None
-    if sum(projection.spec.shape[0] * projection.spec.shape[1] for projection in projections) < SMALLEST:
-        return None
-    inner, outer = _placed(branches)
-    pieces = [(place, _first(it)) for place, it in inner], [(place, _last(it)) for place, it in outer]
-    copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor))
-    if not on_cpu and copied > decoded_room(device):
-        raise NoRoom
-    inner_products, outer_products = (_products(pieces[dim], dim, count=not on_cpu) for dim in (0, 1))
-    return MergedSum(inner_products, outer_products, most_tokens(branches, device), decoded=False)
-
-
-@torch.no_grad()
-def _merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
-    """The matrices of packed (and dense) branches, each decoded into the dtype in which it is multiplied fastest."""
-    projections = [projection for branch in branches for projection in _projections(branch)]
-    known = all(type(it) is Packed or (type(it) is Dense and it.weight.dtype == dtype) for it in projections)
-    several = len(projections) > 2 and any(type(it) is Packed for it in projections)
-    if not known or not several or any(branch.selector is not None for branch in branches):
-        return None
-    sizes = [projection.spec.shape[0] * projection.spec.shape[1] for projection in projections]
-    if max(sizes) < SMALLEST:
-        return None
-    wanted = {it: _product_dtype(it, dtype, device) for it in projections}
-    if sum(size * wanted[it].itemsize for size, it in zip(sizes, projections, strict=True)) > decoded_room(device):
-        raise NoRoom
-
-    def products(placed: Sequence[tuple[int, Projection]], dim: int) -> tuple[Product, ...]:
-        pieces = [
-            (place, it.stored().dense(wanted[it]) if isinstance(it, Packed) else _whole(it)) for place, it in placed
-        ]
-        return _products(pieces, dim, count=True)
-
-    inner, outer = _placed(branches)
-    return MergedSum(products(inner, 0), products(outer, 1), sys.maxsize, decoded=True)
-
-
-def _placed(branches: Sequence[Branch]) -> tuple[list[tuple[int, Projection]], list[tuple[int, Projection]]]:
-    """What is given the inputs, by the place of its outputs, and what gives outputs, by that of its inputs."""
-    inner: list[tuple[int, Projection]] = []
-    for index, branch in enumerate(branches):
-        inner += [(2 * index, branch.up)] + ([] if branch.gate is None else [(2 * index + 1, branch.gate)])
-    return inner, [(index, branch.down) for index, branch in enumerate(branches)]
-
-
-def _product_dtype(projection: Projection, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if not isinstance(projection, Packed):
-        return dtype
-    rounded = may_round() and cpu_int4.is_precise_enough(dtype, projection.spec.bits)
-    return cpu.product_dtype(torch.empty(0, dtype=dtype, device=device), may_round=rounded)
-
-
-def _products(pieces: Sequence[tuple[int, Piece]], dim: int, *, count: bool) -> tuple[Product, ...]:
-    """One product for all float pieces of a dtype, and one for all packed ones that fit below or beside each other."""
-    kinds: dict[torch.dtype | int, list[tuple[int, Piece]]] = {}
-    for place, piece in pieces:
-        kind = piece.dtype if isinstance(piece, Tensor) else piece.halves if dim == 0 else 1
-        kinds.setdefault(kind, []).append((place, piece))
-    groups = (([piece for _, piece in group], tuple(place for place, _ in group)) for group in kinds.values())
-    return tuple(_product(*group, dim, count) for group in groups)
-
-
-def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int, count: bool) -> Product:
-    floats = [piece for piece in pieces if isinstance(piece, Tensor)]
-    packed = [piece for piece in pieces if isinstance(piece, Int4Parts)]
-    sizes = [(piece if isinstance(piece, Tensor) else piece.codes).shape[dim] for piece in pieces]
-    if not floats:
-        return Product(int4_matrix(joined(packed, dim)), sizes, places)
-    matrix = torch.cat(floats, dim)
-    return Product(counted(matrix) if count else matrix, sizes, places)
-
-
-def _first(projection: Projection) -> Piece:
-    """What multiplies the inputs of a projection."""
-    return projection.b.detach() if isinstance(projection, LowRank) else _whole(projection)
-
-
-def _last(projection: Projection) -> Piece:
-    """What gives the outputs of a projection."""
-    return projection.a.detach() if isinstance(projection, LowRank) else _whole(projection)
-
-
-def _whole(projection: Projection) -> Piece:
-    if isinstance(projection, Packed):
-        return projection.stored().int4()
-    assert isinstance(projection, Dense)
-    return projection.weight.detach()
-
-
-def _is_mergeable(projection: Projection, dtype: torch.dtype, on_cpu: bool) -> bool:
-    if isinstance(projection, Packed):
-        return on_cpu and _fits_int4(projection, dtype) and projection.input_scale is None
-    return type(projection) in (Dense, LowRank) and next(projection.parameters()).dtype == dtype
-
-
-def _fits_int4(projection: Packed, dtype: torch.dtype) -> bool:
-    spec = projection.spec
-    return cpu_int4.fits(spec.shape, spec.group) and cpu_int4.is_precise_enough(dtype, spec.bits)
-
-
-def most_tokens(branches: Sequence[Branch], device: torch.device) -> int:
-    """Up to how many tokens the int4 kernel is the faster way for every packed matrix, and merging for the others."""
-    if device.type != "cpu":
-        return sys.maxsize
-    projections = [projection for branch in branches for projection in _projections(branch)]
-    packed = [projection for projection in projections if isinstance(projection, Packed)]
-    limits = [cpu_int4.most_tokens(projection.spec.bits) for projection in packed]
-    return min(limits) if len(packed) == len(projections) else min([MOST_TOKENS, *limits])
-
-
-def _projections(branch: Branch) -> list[Projection]:
-    return [projection for projection in (branch.up, branch.gate, branch.down) if projection is not None]

@@ -182,11 +182,11 @@ class SumFFN(nn.Module):
         return self._whole(x) if self.skip is None else self.skip(x, self._whole)  # type: ignore[no-any-return]
 
     def _whole(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
-        pieces = self.lookup is None and pays_in_pieces(x, self._branches(), self.linear)
-        return in_pieces(x, self._sum) if pieces else self._sum(x)
-
-    def _sum(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         branches = self._branches()
+        pieces = self.lookup is None and pays_in_pieces(x, branches, self.linear)
+        return in_pieces(x, lambda piece: self._sum(piece, branches)) if pieces else self._sum(x, branches)
+
+    def _sum(self, x: Float[Tensor, "*tokens d_model"], branches: list[Branch]) -> Float[Tensor, "*tokens d_model"]:
         fused = total = None
         if len(branches) == len(self.branches):  # what has taken a branch's place is known to none of these
             fused = self._fused(x, branches, self.bias)

@@ -1,8 +1,16 @@
-"""Int8 products on CPUs with integer dot products (VNNI), through torch's binding of oneDNN, weights reordered once."""
+"""Int8 products on CPUs with integer dot products (VNNI), through torch's bindings, weights reordered once.
+
+Few tokens go to fbgemm's kernel, which rounds, multiplies and scales in one call; many to oneDNN's, which is the faster
+one there. Both add in int32, so the numbers are the same.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -15,7 +23,8 @@ MOST_COLUMNS = 65_000
 MIDDLE = 128
 LARGEST = 127
 SMALLEST = LARGEST * torch.finfo(torch.float32).tiny
-MIDDLE_AS_TENSOR = torch.full((), float(MIDDLE), dtype=torch.float32, device="cpu")
+FEW = 24
+"""Tokens up to which fbgemm's kernel is the faster one."""
 
 
 def _is_available() -> bool:
@@ -26,6 +35,14 @@ def _is_available() -> bool:
 
 AVAILABLE = _is_available()
 """Whether there are integer dot products: without VNNI oneDNN adds in 16 bits, which overflow."""
+FEW_AVAILABLE = (
+    AVAILABLE
+    and "fbgemm" in torch.backends.quantized.supported_engines
+    and hasattr(torch, "_make_per_channel_quantized_tensor")
+    and hasattr(torch.ops.quantized, "linear_prepack")
+    and hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
+)
+"""Whether torch has fbgemm's kernel: it packs tensors of a kind that a later torch will not have."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +60,45 @@ class Int8Matrix:
     zeros: Tensor
 
 
+@dataclass(frozen=True)
+class FewInt8Matrix:
+    """An int8 matrix in fbgemm's order, a byte a weight.
+
+    Attributes:
+        packed: torch's object for it.
+    """
+
+    packed: Any
+
+
+Int8Parts = tuple[Tensor, Tensor]
+"""Codes ``[out, columns]`` and the scales of their rows."""
+
+
 def fits(shape: tuple[int, int]) -> bool:
     """Whether the kernel can be given such a matrix, and is right and fast here."""
     return AVAILABLE and shape[0] > 0 and 0 < shape[1] <= MOST_COLUMNS
+
+
+def takes_few(tokens: int) -> bool:
+    """Whether so many tokens go to fbgemm's kernel, and torch would pack weights for it now."""
+    return FEW_AVAILABLE and tokens <= FEW and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 def int8_matrix(codes: Int8[Tensor, "out columns"], scale: Float[Tensor, " out"]) -> Int8Matrix:
     """Bring codes into oneDNN's order."""
     zeros = torch.zeros(codes.shape[0], dtype=torch.int32, device=codes.device)
     return Int8Matrix(torch.ops.onednn.qlinear_prepack(codes, None), scale.float(), zeros)
+
+
+def few_int8_matrix(parts: Sequence[Int8Parts]) -> FewInt8Matrix:
+    """Bring codes into fbgemm's order, those of several matrices below each other."""
+    codes, scale = torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
+    zeros = torch.zeros(codes.shape[0], dtype=torch.int64, device=codes.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+        rows = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+    return FewInt8Matrix(torch.ops.quantized.linear_prepack(rows, None))
 
 
 def round_rows(x: Float[Tensor, "rows columns"]) -> tuple[UInt8[Tensor, "rows columns"], Float[Tensor, "rows 1"]]:
@@ -61,15 +108,30 @@ def round_rows(x: Float[Tensor, "rows columns"]) -> tuple[UInt8[Tensor, "rows co
     number mean nothing, and neither does what is multiplied by that scale.
     """
     wide = x.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp_min_(SMALLEST).div_(LARGEST)
-    # 128 is even, so halves are rounded to the same side as without it.
-    return torch.addcdiv(MIDDLE_AS_TENSOR, wide, scale).round_().to(torch.uint8), scale
+    # Signed bytes are what torch writes fast; the highest bit moves them up.
+    scale = torch.maximum(wide.amax(1, keepdim=True), wide.amin(1, keepdim=True).neg_())
+    scale = scale.clamp_min_(SMALLEST).div_(LARGEST)
+    return wide.mul(scale.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(MIDDLE), scale
 
 
 def product(a: UInt8[Tensor, "rows columns"], b: Int8Matrix) -> Float[Tensor, "rows out"]:
     """``(a - 128) b^T``: exact int32 sums, as float32, times the scales of ``b``."""
     # The fast kernels take unsigned inputs; the zero point is taken back in integers.
-    found: Tensor = torch.ops.onednn.qlinear_pointwise(
+    found: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         a, 1.0, MIDDLE, b.weight, b.scale, b.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return found
+
+
+def few_product(x: Float[Tensor, "tokens columns"], b: FewInt8Matrix) -> Float[Tensor, "tokens out"]:
+    """``x b^T`` in float32, every token rounded as :func:`round_rows` does."""
+    wide, multiply = x.float(), torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    if len(wide) == 1:  # one token's scale is one number, which the kernel takes
+        low, high = torch.aminmax(wide)
+        largest = max(-float(low), float(high))
+        if math.isfinite(largest):
+            found: Tensor = multiply(wide, max(largest, SMALLEST) / LARGEST, MIDDLE, b.packed)
+            return found
+    scale = wide.abs().amax(1, keepdim=True).clamp_min_(SMALLEST).div_(LARGEST)
+    found = multiply(wide.div(scale), 1.0, MIDDLE, b.packed)
+    return found.mul_(scale)

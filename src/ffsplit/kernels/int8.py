@@ -75,7 +75,8 @@ def int8_linear(
 ) -> Float[Tensor, "*tokens out"]:
     """``x W^T`` with ``x`` rounded to int8 per token; the gradient of ``x`` is that of the unrounded product.
 
-    On CPUs with a kernel for it, a copy of the codes in its order is kept: a byte a weight.
+    On CPUs with kernels for it, copies of the codes in their orders are kept: a byte a weight for few tokens, and one
+    for many.
 
     Args:
         x: inputs.
@@ -86,11 +87,23 @@ def int8_linear(
     flat = x.detach().reshape(-1, x.shape[-1])
     scale = scale_bits.view(torch.float16)
     if cpu_int8_takes(x, codes):
-        made = cache.get("cpu_int8", (codes, scale_bits), lambda: cpu_int8.int8_matrix(codes, scale))
-        moved, x_scale = cpu_int8.round_rows(flat)
-        found = cpu_int8.product(moved, made).mul_(x_scale)
+        found = _on_cpu(flat, codes, scale_bits, cache)
     else:
         rounded, x_scale = round_rows(flat)
         found = (product(rounded, codes).to(x_scale) * scale.to(x_scale)).mul_(x_scale)
     found = found.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
-    return with_gradient_of(found, x, lambda: codes.to(x_scale) * scale.to(x_scale)[:, None])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return with_gradient_of(found, x, lambda: codes.to(wide) * scale.to(wide)[:, None])
+
+
+def _on_cpu(
+    x: Float[Tensor, "tokens columns"], codes: Int8[Tensor, "out columns"], scale_bits: Tensor, cache: DerivedCache
+) -> Float[Tensor, "tokens out"]:
+    """In float32, by the kernel that is the faster one for so many tokens."""
+    sources, scale = (codes, scale_bits), scale_bits.view(torch.float16)
+    if cpu_int8.takes_few(len(x)):
+        few = cache.get("cpu_int8_few", sources, lambda: cpu_int8.few_int8_matrix([(codes, scale)]))
+        return cpu_int8.few_product(x, few)
+    made = cache.get("cpu_int8", sources, lambda: cpu_int8.int8_matrix(codes, scale))
+    moved, x_scale = cpu_int8.round_rows(x)
+    return cpu_int8.product(moved, made).mul_(x_scale)
