@@ -30,7 +30,7 @@ INSTANCES = [
 
 @pytest.fixture(scope="module")
 def compiler() -> ctypes.CDLL:
-    """NVRTC as it comes from PyPI: the oldest that a supported torch brings along, since old ones refuse more."""
+    """NVRTC as it comes from PyPI; that of CUDA 13.0, which torch 2.11 brings along, since old ones refuse more."""
     try:
         files = metadata.files("nvidia-cuda-nvrtc") or []
     except metadata.PackageNotFoundError:
