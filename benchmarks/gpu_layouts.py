@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from ffsplit.ffn.fused import _places, low_bit_shapes
+from ffsplit.ffn.places import tensors_at
 from ffsplit.ffn.sum import SumFFN
-from ffsplit.kernels.low_bit import TOKENS, Block, Layout, LowBitFFN
+from ffsplit.kernels.low_bit import Block, Layout, LowBitFFN
 from ffsplit.provenance import provenance
 from gpu import BEYOND_CACHE, GROUP, ROUNDS, SHAPES, DenseFFN, captured, interleaved, split_ffn
 
@@ -69,15 +70,13 @@ class Layouts:
         size = sum((3 if gated else 2) * d_model * neurons * bits / 8 for neurons, bits in parts)
         self.copies = [split_ffn(d_model, parts, gated) for _ in range(int(BEYOND_CACHE // size) + 1)]
         self.x = torch.randn(tokens, d_model, device="cuda", dtype=torch.bfloat16)
-        self.tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
         (self.shape,) = low_bit_shapes(self.copies[0]._branches()) or ()
         self.usual = Layout.of(tokens, self.shape, MOST_SHARED)
 
     def made(self, ffn: SumFFN, candidate: Candidate) -> LowBitFFN | None:
         """The launches of a candidate; None where it does not compile or find its memory."""
-        layout = Layout(self.tiles, candidate.inner or self.usual.inner, candidate.outer or self.usual.outer)
-        places = [place for branch in ffn._branches() for place in _places(branch)]
-        tensors = [None if place is None else place[0][place[1]] for place in places]
+        layout = Layout(self.usual.tiles, candidate.inner or self.usual.inner, candidate.outer or self.usual.outer)
+        tensors = tensors_at(place for branch in ffn._branches() for place in _places(branch))
         made = LowBitFFN([*tensors, None], self.shape, len(self.x), torch.bfloat16, 0, layout)
         return made if made.is_compiled else None
 
@@ -128,7 +127,11 @@ def measure(shape: tuple[int, int, bool, int], parts: list[tuple[int, int]], tok
     dense = [partial(DenseFFN(d_model, d_ff, gated), layouts.x) for _ in range(int(BEYOND_CACHE // dense_size) + 1)]
     alone = [
         *dict.fromkeys(
-            [Candidate(layouts.usual.inner, None), Candidate(None, layouts.usual.outer), *blocks(layouts.tiles, gated)]
+            [
+                Candidate(layouts.usual.inner, None),
+                Candidate(None, layouts.usual.outer),
+                *blocks(layouts.usual.tiles, gated),
+            ]
         )
     ]
     layouts.compile(alone)

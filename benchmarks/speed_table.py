@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,11 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def gpu() -> list[str]:
+def gpu(name: str) -> list[str]:
     """Times dense by tokens, one table a shape; beyond the kernels' tokens a second row has float8."""
     lines: list[str] = []
     for (d_model, d_ff, gated), found in groupby(
-        read("gpu-h200")["rows"], lambda row: (row["d_model"], row["d_ff"], row["gated"])
+        read(name)["rows"], lambda row: (row["d_model"], row["d_ff"], row["gated"])
     ):
         measured = {row["tokens"]: row for row in found}
         first = measured[min(measured)]["microseconds"]["dense bf16"]
@@ -147,12 +146,12 @@ def circumstances(name: str) -> list[str]:
 
 
 # By marker: the page, the results file and what makes lines of it. AMX and Zen 5 are two kinds of CPU.
-TABLES: dict[str, tuple[Path, str, Callable[[], list[str]]]] = {
+TABLES: dict[str, tuple[Path, str, Callable[[str], list[str]]]] = {
     "gpu": (SPEED, "gpu-h200", gpu),
-    "cpu": (SPEED, "cpu", partial(cpu, "cpu")),
-    "cpu-zen5": (SPEED, "cpu-zen5", partial(cpu, "cpu-zen5")),
-    "onnx": (ONNX, "onnx-cpu", partial(onnx, "onnx-cpu")),
-    "onnx-zen5": (ONNX, "onnx-cpu-zen5", partial(onnx, "onnx-cpu-zen5")),
+    "cpu": (SPEED, "cpu", cpu),
+    "cpu-zen5": (SPEED, "cpu-zen5", cpu),
+    "onnx": (ONNX, "onnx-cpu", onnx),
+    "onnx-zen5": (ONNX, "onnx-cpu-zen5", onnx),
 }
 
 
@@ -162,7 +161,7 @@ def updated(page: str, name: str) -> str:
     before, _, rest = page.partition(start)
     _, _, after = rest.partition(end)
     _, file, lines = TABLES[name]
-    return f"{before}{start}\n" + "\n".join([*circumstances(file), *lines()]).rstrip("\n") + f"\n{end}{after}"
+    return f"{before}{start}\n" + "\n".join([*circumstances(file), *lines(file)]).rstrip("\n") + f"\n{end}{after}"
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ SIZES = [*((torch.bfloat16, size) for size in (1e-6, 3e3, 1e8)), (torch.float16,
 @pytest.mark.parametrize("index", [1, 3])
 @torch.no_grad()
 def test_small_and_large_inputs(index: int, tokens: int, dtype: torch.dtype, size: float) -> None:
-    """Codes are the smallest halves there are, and tokens are lifted for them: both must leave no trace."""
+    """Codes are the smallest halves there are, and tokens are lifted for them: in this range neither leaves a trace."""
     ffn = sum_of(SUMS[index], dtype)
     x = (torch.randn(tokens, ffn.d_model) * size).to(dtype)
     x[1] = 0

@@ -15,6 +15,7 @@ from ffsplit.evaluate.size import unique_bytes
 from ffsplit.ffn.merged import MergedCache
 from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.kernels.cache import DerivedCache
+from ffsplit.kernels.cpu_int8 import FewInt8Matrix
 
 CACHES = DerivedCache, MergedCache, WatchedBranches
 """What kernels keep of a projection, or of a whole sum."""
@@ -23,10 +24,12 @@ _PROCESS = Path("/proc/self")
 
 def resident_bytes(module: nn.Module) -> int:
     """Bytes of the distinct storages that a module holds: parameters, buffers, and whatever its kernels keep beside."""
-    held = {id(tensor): tensor for part in module.modules() for tensor in _held(vars(part))}.values()
-    # oneDNN's layouts show no storage.
-    opaque = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.is_mkldnn)
-    return opaque + unique_bytes(tensor for tensor in held if not tensor.is_mkldnn)
+    held = {id(one): one for part in module.modules() for one in _held(vars(part))}.values()
+    tensors = [one for one in held if isinstance(one, Tensor)]
+    # The layouts of oneDNN and fbgemm show no storage.
+    opaque = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_mkldnn)
+    opaque += sum(one.nbytes for one in held if isinstance(one, FewInt8Matrix))
+    return opaque + unique_bytes(tensor for tensor in tensors if not tensor.is_mkldnn)
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -71,8 +74,8 @@ def _kilobytes(name: str) -> int:
     return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}[name]
 
 
-def _held(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+def _held(value: Any) -> Iterator[Tensor | FewInt8Matrix]:
+    if isinstance(value, Tensor | FewInt8Matrix):
         yield value
     elif isinstance(value, Mapping):
         for inner in value.values():

@@ -25,10 +25,11 @@ from ffsplit.ffn.merging import (
     projections_of,
 )
 from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
-from ffsplit.ffn.projections import LowRank, Packed, Projection
+from ffsplit.ffn.projections import Int8Dynamic, LowRank, Packed, Projection
 from ffsplit.kernels import cpu, cpu_int4
 from ffsplit.kernels.cache import State, is_capturing, state_of
 from ffsplit.kernels.dispatch import FLOATS, is_traced, may_round, takes_kernels
+from ffsplit.kernels.int8 import FEW_KEY
 
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
@@ -162,11 +163,12 @@ def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -
                 tensors += [it for it in named.values() if isinstance(it, Tensor)]
     made = merge_decoded if decoded else merge
     merged = made(branches, x.dtype, x.device) if takes_kernels(x, tensors) else None
-    if decoded and merged is not None:
-        for branch in branches:
-            for projection in projections_of(branch):
-                if isinstance(projection, Packed):  # nothing is kept twice
-                    projection.derived.drop()
+    for branch in branches if merged is not None else ():  # nothing is kept twice
+        for projection in projections_of(branch):
+            if isinstance(projection, Int8Dynamic):
+                projection.derived.forget(FEW_KEY)  # many tokens keep theirs
+            elif decoded and isinstance(projection, Packed):
+                projection.derived.drop()
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
     return Watched(kind, merged, tuple(branches), held_at(places), tracked, state_of(tracked))
 

@@ -93,10 +93,10 @@ def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) 
     on_cpu = device.type == "cpu"
     pays = len(branches) > 1 and (dtype in HALF_PRECISION or not on_cpu)
     packed = all(isinstance(projection, Packed) for projection in projections)
-    int8 = all(isinstance(projection, Int8Dynamic) for projection in projections) and len(projections) > 2
+    int8 = on_cpu and len(projections) > 2 and all(_is_few_int8(projection) for projection in projections)
     if not (pays or packed or int8):
         return None
-    mergeable = all(_is_mergeable(projection, dtype, on_cpu) for projection in projections)
+    mergeable = int8 or all(_is_mergeable(projection, dtype, on_cpu) for projection in projections)
     if not mergeable or any(branch.selector is not None for branch in branches):
         return None
     if sum(projection.spec.shape[0] * projection.spec.shape[1] for projection in projections) < SMALLEST:
@@ -179,6 +179,8 @@ def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int, count: 
         return Product(few_int8_matrix(int8), sizes, places)
     if packed:
         return Product(int4_matrix(joined(packed, dim)), sizes, places)
+    if len(floats) == 1 and not count:
+        return Product(floats[0], sizes, places)
     matrix = torch.cat(floats, dim)
     return Product(counted(matrix) if count else matrix, sizes, places)
 
@@ -212,9 +214,11 @@ def _whole(projection: Projection) -> Piece:
 def _is_mergeable(projection: Projection, dtype: torch.dtype, on_cpu: bool) -> bool:
     if isinstance(projection, Packed):
         return on_cpu and fits_int4(projection, dtype) and projection.input_scale is None
-    if isinstance(projection, Int8Dynamic):
-        return on_cpu and cpu_int8.takes_few(1) and cpu_int8.fits(projection.spec.shape)
     return type(projection) in (Dense, LowRank) and next(projection.parameters()).dtype == dtype
+
+
+def _is_few_int8(projection: Projection) -> bool:
+    return isinstance(projection, Int8Dynamic) and cpu_int8.takes_few(1) and cpu_int8.fits(projection.spec.shape)
 
 
 def fits_int4(projection: Packed, dtype: torch.dtype) -> bool:

@@ -39,6 +39,10 @@ class DerivedCache:
         self._state: State = ()
         self._made: dict[Hashable, Any] = {}
 
+    def forget(self, key: Hashable) -> None:
+        """Forget what was made under a key, if anything was."""
+        self._made.pop(key, None)
+
     def get(self, key: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
         """What ``make`` returns, or returned when it was last called with this key and these very tensors.
 

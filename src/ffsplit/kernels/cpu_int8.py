@@ -1,7 +1,7 @@
 """Int8 products on CPUs with integer dot products (VNNI), through torch's bindings, weights reordered once.
 
 Few tokens go to fbgemm's kernel, which rounds, multiplies and scales in one call; many to oneDNN's, which is the faster
-one there. Both add in int32, so the numbers are the same.
+one there. Both add in int32, so the numbers are the same, but for inputs next to the middle between two codes.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ class FewInt8Matrix:
     """An int8 matrix in fbgemm's order, a byte a weight.
 
     Attributes:
-        packed: torch's object for it.
+        packed: torch's object for it, which shows no tensors.
+        nbytes: of it.
     """
 
     packed: Any
+    nbytes: int
 
 
 Int8Parts = tuple[Tensor, Tensor]
@@ -98,7 +100,7 @@ def few_int8_matrix(parts: Sequence[Int8Parts]) -> FewInt8Matrix:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
         rows = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
-    return FewInt8Matrix(torch.ops.quantized.linear_prepack(rows, None))
+    return FewInt8Matrix(torch.ops.quantized.linear_prepack(rows, None), codes.nbytes)
 
 
 def round_rows(x: Float[Tensor, "rows columns"]) -> tuple[UInt8[Tensor, "rows columns"], Float[Tensor, "rows 1"]]:
@@ -124,7 +126,7 @@ def product(a: UInt8[Tensor, "rows columns"], b: Int8Matrix) -> Float[Tensor, "r
 
 
 def few_product(x: Float[Tensor, "tokens columns"], b: FewInt8Matrix) -> Float[Tensor, "tokens out"]:
-    """``x b^T`` in float32, every token rounded as :func:`round_rows` does."""
+    """``x b^T`` in float32, every token rounded as :func:`round_rows` does, but for ties."""
     wide, multiply = x.float(), torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
     if len(wide) == 1:  # one token's scale is one number, which the kernel takes
         low, high = torch.aminmax(wide)

@@ -16,6 +16,8 @@ from ffsplit.kernels.cache import DerivedCache
 from ffsplit.kernels.dispatch import cpu_int8_takes
 from ffsplit.kernels.straight_through import with_gradient_of
 
+FEW_KEY = "cpu_int8_few"
+"""Of what is kept for few tokens on CPUs."""
 LARGEST = 127
 """Codes are symmetric; -128 is not used."""
 INTEGER_CORES = ("cpu", "cuda")
@@ -102,7 +104,7 @@ def _on_cpu(
     """In float32, by the kernel that is the faster one for so many tokens."""
     sources, scale = (codes, scale_bits), scale_bits.view(torch.float16)
     if cpu_int8.takes_few(len(x)):
-        few = cache.get("cpu_int8_few", sources, lambda: cpu_int8.few_int8_matrix([(codes, scale)]))
+        few = cache.get(FEW_KEY, sources, lambda: cpu_int8.few_int8_matrix([(codes, scale)]))
         return cpu_int8.few_product(x, few)
     made = cache.get("cpu_int8", sources, lambda: cpu_int8.int8_matrix(codes, scale))
     moved, x_scale = cpu_int8.round_rows(x)

@@ -2,7 +2,7 @@
 
 Weights are read in the form in which they are stored, so nothing is kept beside them. Numbers are those of the plain
 path up to the rounding of halves: codes become exact halves, products are summed in float32, scales are applied to the
-sums of their groups.
+sums of their groups. In bfloat16 inputs and hidden activations beyond 2^71 become Inf, those below 2^-49 lose digits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DENSE_BITS = 16
 BITS = (2, 3, 4, 8, DENSE_BITS)
 GROUPS = (32, 64, 128)
 TILE = 16
-"""Rows that a block of threads works on; :data:`TOKENS` tokens stand beside them."""
+"""Rows of one product; :data:`TOKENS` tokens stand beside them."""
 TOKENS = 8
 ENOUGH = 128
 """Blocks that find work for about all multiprocessors of a large GPU."""

@@ -16,9 +16,10 @@
 // Codes are halves as they are: the bits of a whole number n below 256 (bfloat16) or 2048 (float16), read as a half, are n times
 // the smallest half there is. So a mask is all that decoding takes, and two or four codes of a byte stand where they are: what
 // stands k bits higher is 2^k times as large, and its tokens are made smaller by as much. Tensor cores take such numbers at
-// their value. Tokens in bfloat16 are lifted by 2^56 for it, so that products are ordinary float32 numbers. A group's zero is
-// taken off its sums: a product with ones finds the sum of its tokens; for many tokens it is taken off the codes, an addition a
-// pair. The scale of a group multiplies the float32 sum of its products. Heavy and rest branches share a grid.
+// their value. Tokens in bfloat16 are lifted by 2^56 for it, so that products of those from 2^-49 to 2^71 are ordinary float32
+// numbers. A group's zero is taken off its sums: a product with ones finds the sum of its tokens, or the launch in front did; for
+// many hidden activations it is taken off the codes, an addition a pair. The scale of a group multiplies the float32 sum of its
+// products. Heavy and rest branches share a grid.
 //
 // RESIDENT warps must find room for their registers on a multiprocessor.
 //
@@ -201,23 +202,21 @@ template <int BITS, int G, bool HALF> __device__ __forceinline__ long arranged(i
 // Tokens on their way to a warp: of all eight tokens of NT tiles SPANS spans of a group, a span of 512 bytes behind the other.
 // What lies beyond the columns counts as zero.
 //
-// Rows of `stride` values, whose vectors have yet to be put in order, for warps on their own.
-template <int G, int SPANS, int NT> struct Rows {
+// Rows of values, whose vectors have yet to be put in order, for warps on their own: one tile of at most eight.
+template <int G, int SPANS> struct Rows {
     const u16* from;
-    int tile_step, columns, column, count, lane;
+    int columns, column, lane;
+    bool there;
 
-    __device__ __forceinline__ Rows(const u16* x, int columns, int stride, int count, int lane)
-        : from(x + (long)(lane >> 2) * stride + (lane & 3) * (G / 4)), tile_step(8 * stride), columns(columns),
-          column((lane & 3) * (G / 4)), count(count), lane(lane) {}
+    __device__ __forceinline__ Rows(const u16* x, int columns, int count, int lane)
+        : from(x + (long)(lane >> 2) * columns + (lane & 3) * (G / 4)), columns(columns), column((lane & 3) * (G / 4)), lane(lane),
+          there((lane >> 2) < count) {}
 
     __device__ __forceinline__ void ask(u32 at, int group, int first) const {
+        const u16* start = from + (u32)(group * G + first * 8);
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            const bool there = group * G + column < columns && n * 8 + (lane >> 2) < count;
-            const u16* start = from + (u32)(n * tile_step + group * G + first * 8);
-#pragma unroll
-            for (int s = 0; s < SPANS; ++s) copy<16, false>(at + (n * SPANS + s) * 512 + lane * 16, (const u8*)(start + s * 8), there);
-        }
+        for (int s = 0; s < SPANS; ++s)
+            copy<16, false>(at + s * 512 + lane * 16, (const u8*)(start + s * 8), there && group * G + column < columns);
     }
 };
 
@@ -309,7 +308,7 @@ __device__ __forceinline__ void accumulate(
     u32 ring = shared_address(memory) + team * ACROSS * RING + member * CODES, to_tokens = (ACROSS - member) * CODES;
     if (ACROSS > 1) asm volatile("" : "+r"(ring), "+r"(to_tokens));
     const Share<G, SPANS, NT, ACROSS> share(x, columns, member, lane);
-    const Rows<G, SPANS, NT> rows(x, columns, columns, tokens, lane);
+    const Rows<G, SPANS> rows(x, columns, tokens, lane);
     Grid<BITS> coming[MATRICES][2];
     u32 grid[MATRICES][2];
     float unit[MATRICES][2];
