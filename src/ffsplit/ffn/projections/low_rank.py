@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ffsplit.ffn.projections.base import Projection, StorageSpec
+from ffsplit.kernels.cpu_columns import tall_linear
 
 
 class LowRankSpec(StorageSpec):
@@ -52,4 +53,4 @@ class LowRank(Projection):
         return self.a.to(dtype) @ self.b.to(dtype)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return linear(linear(x, self.b), self.a)
+        return tall_linear(linear(x, self.b), self.a, self.derived)
