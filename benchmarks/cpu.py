@@ -368,14 +368,25 @@ def described() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ffn", "model"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", default="cpu", help="name of the results file")
-    options = parser.parse_args()
+def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """With what every benchmark on one thread can be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def on_one_thread() -> None:
+    """From here on, with the numbers of the same seed."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, rounds=9)
+    parser.add_argument("--only", choices=("ffn", "model"))
+    parser.add_argument("--out", default="cpu", help="name of the results file")
+    options = parser.parse_args()
+    on_one_thread()
     content = next(read_results(f"{options.out}.json"), {}) | described()
     with torch.no_grad():  # modules made in inference mode could not keep anything
         if options.only != "model":

@@ -7,7 +7,6 @@ One thread; clock and cache as in ``cpu.py``. How many times as long the product
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from _common import write_result
-from cpu import FLOATS, SEED, described, once
+from cpu import FLOATS, described, on_one_thread, once, parser_of
 from ffsplit.bench.caches import Flush
 from ffsplit.timing import medians
 
@@ -37,11 +36,8 @@ def by_rows_over_by_columns(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=25)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
+    options = parser_of(__doc__, rounds=25).parse_args()
+    on_one_thread()
     flush = Flush(torch.device("cpu"))
     found: dict[str, dict[str, dict[str, float]]] = {}
     with torch.no_grad():

@@ -5,7 +5,6 @@ python benchmarks/cpu_thresholds.py [--rounds 9]
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,18 @@ import torch
 from torch import nn
 
 from _common import write_result
-from cpu import FLOATS, SEED, SHAPES, Reference, described, made, once, structures, thresholded
+from cpu import (
+    FLOATS,
+    SHAPES,
+    Reference,
+    described,
+    made,
+    on_one_thread,
+    once,
+    parser_of,
+    structures,
+    thresholded,
+)
 from ffsplit.bench.caches import Flush
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.timing import medians
@@ -53,11 +63,8 @@ def thresholds_of(shape: FFNShape, dtype: torch.dtype, rounds: int, flush: Calla
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
+    options = parser_of(__doc__, rounds=9).parse_args()
+    on_one_thread()
     with torch.no_grad():  # modules made in inference mode could not keep anything
         write_result("cpu-thresholds", described() | {"thresholds": time_thresholds(options.rounds)})
 

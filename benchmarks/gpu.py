@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ CATS = "cats 50 %"
 SMALLER = {"pruned 0.5": "prune", "split low rank 0.5": "ffsplit"}
 KEEP, ALIGN = 0.5, 64
 Call = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 def stored(rows: int, columns: int, bits: int) -> Projection:
@@ -234,14 +235,18 @@ def interleaved(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
+def beyond_cache(make: Callable[[], T], size: float) -> list[T]:
+    """As many as their weights, of so many bytes each, exceed the cache."""
+    return [make() for _ in range(int(BEYOND_CACHE // size) + 1)]
+
+
 def variants(d_model: int, d_ff: int, gated: bool, heavy: int) -> dict[str, tuple[list[nn.Module], int]]:
     """Modules that take turns, and bytes of the weights of one."""
     weights = (3 if gated else 2) * d_model * d_ff
     rest = d_ff - heavy
 
     def copies(make: Callable[[], nn.Module | None], size: float) -> tuple[list[nn.Module], int]:
-        made = [make() for _ in range(int(BEYOND_CACHE // size) + 1)]
-        return [module for module in made if module is not None], int(size)
+        return [module for module in beyond_cache(make, size) if module is not None], int(size)
 
     share = heavy / d_ff
     smaller = {name: smaller_spec(d_model, d_ff, gated, way) for name, way in SMALLER.items()}

@@ -12,20 +12,21 @@ import argparse
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
-from functools import partial
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ffsplit.ffn.fused import _places, low_bit_shapes
 from ffsplit.ffn.places import tensors_at
 from ffsplit.ffn.sum import SumFFN
 from ffsplit.kernels.low_bit import Block, Layout, LowBitFFN
 from ffsplit.provenance import provenance
-from gpu import BEYOND_CACHE, GROUP, ROUNDS, SHAPES, DenseFFN, captured, interleaved, split_ffn
+from gpu import GROUP, ROUNDS, SHAPES, DenseFFN, beyond_cache, captured, interleaved, split_ffn
 
 NAMES = ("7B", "70B", "plain", "small")
 SMALL = (2048, 5632, True, 512)
@@ -68,16 +69,26 @@ class Layouts:
     def __init__(self, shape: tuple[int, int, bool, int], parts: list[tuple[int, int]], tokens: int) -> None:
         d_model, _, gated, _ = shape
         size = sum((3 if gated else 2) * d_model * neurons * bits / 8 for neurons, bits in parts)
-        self.copies = [split_ffn(d_model, parts, gated) for _ in range(int(BEYOND_CACHE // size) + 1)]
+        self.copies = beyond_cache(lambda: split_ffn(d_model, parts, gated), size)
         self.x = torch.randn(tokens, d_model, device="cuda", dtype=torch.bfloat16)
         (self.shape,) = low_bit_shapes(self.copies[0]._branches()) or ()
-        self.usual = Layout.of(tokens, self.shape, MOST_SHARED)
+        usual = Layout.of(tokens, self.shape, MOST_SHARED)
+        self.tiles, self.usual = usual.tiles, Candidate(usual.inner, usual.outer)
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """Outputs of the first copy by the layout in use."""
+        usual = self.made(self.copies[0], self.usual)
+        assert usual is not None
+        return usual(self.x).double()
 
     def made(self, ffn: SumFFN, candidate: Candidate) -> LowBitFFN | None:
         """The launches of a candidate; None where it does not compile or find its memory."""
-        layout = Layout(self.usual.tiles, candidate.inner or self.usual.inner, candidate.outer or self.usual.outer)
+        inner, outer = candidate.inner or self.usual.inner, candidate.outer or self.usual.outer
+        assert inner is not None
+        assert outer is not None
         tensors = tensors_at(place for branch in ffn._branches() for place in _places(branch))
-        made = LowBitFFN([*tensors, None], self.shape, len(self.x), torch.bfloat16, 0, layout)
+        made = LowBitFFN([*tensors, None], self.shape, len(self.x), torch.bfloat16, 0, Layout(self.tiles, inner, outer))
         return made if made.is_compiled else None
 
     def compile(self, candidates: list[Candidate]) -> None:
@@ -90,10 +101,7 @@ class Layouts:
         launches = [self.made(ffn, candidate) for ffn in self.copies]
         if launches[0] is None:
             return None
-        expected = self.made(self.copies[0], Candidate(None, None))
-        assert expected is not None
-        exact, found = expected(self.x).double(), launches[0](self.x).double()
-        if (found - exact).norm() > TOLERANCE * exact.norm():
+        if (launches[0](self.x).double() - self.expected).norm() > TOLERANCE * self.expected.norm():
             print(f"WRONG: {candidate.name}", flush=True)
             return None
         for launch in launches:
@@ -124,38 +132,24 @@ def measure(shape: tuple[int, int, bool, int], parts: list[tuple[int, int]], tok
     d_model, d_ff, gated, _ = shape
     layouts = Layouts(shape, parts, tokens)
     dense_size = 2 * (3 if gated else 2) * d_model * d_ff
-    dense = [partial(DenseFFN(d_model, d_ff, gated), layouts.x) for _ in range(int(BEYOND_CACHE // dense_size) + 1)]
-    alone = [
-        *dict.fromkeys(
-            [
-                Candidate(layouts.usual.inner, None),
-                Candidate(None, layouts.usual.outer),
-                *blocks(layouts.usual.tiles, gated),
-            ]
-        )
-    ]
+    dense = beyond_cache(lambda: partial(DenseFFN(d_model, d_ff, gated), layouts.x), dense_size)
+    usual_alone = {"inner": replace(layouts.usual, outer=None), "outer": replace(layouts.usual, inner=None)}
+    alone = [*dict.fromkeys([*usual_alone.values(), *blocks(layouts.tiles, gated)])]
     layouts.compile(alone)
     seconds = timed(layouts, alone, dense)
     order = sorted((one for one in alone if one.name in seconds), key=lambda one: seconds[one.name])
     inner, outer = [one.inner for one in order if one.inner][:best], [one.outer for one in order if one.outer][:best]
-    both = [Candidate(layouts.usual.inner, layouts.usual.outer), *(Candidate(*pair) for pair in product(inner, outer))]
-    together = timed(layouts, [*dict.fromkeys(both)], dense)
+    both = dict.fromkeys([layouts.usual, *(Candidate(*pair) for pair in product(inner, outer))])
+    together = timed(layouts, [*both], dense)
     first = min((name for name in together if name != "dense"), key=lambda name: together[name])
     times = {name: f"{value} us (x{together['dense'] / value:.2f})" for name, value in together.items()}
     print(
-        f"{d_model}/{d_ff} {parts} {tokens} tokens: in use {times[both[0].name]}, best {times[first]} {first}",
+        f"{d_model}/{d_ff} {parts} {tokens} tokens: in use {times[layouts.usual.name]}, best {times[first]} {first}",
         flush=True,
     )
-    for kind in ("inner", "outer"):
-        told = [one for one in order if getattr(one, kind)][:4]
-        usual_one = Candidate(layouts.usual.inner, None) if kind == "inner" else Candidate(None, layouts.usual.outer)
-        print(
-            "   in use",
-            seconds[usual_one.name],
-            *(f"{one.name} {seconds[one.name]}" for one in told),
-            sep=" | ",
-            flush=True,
-        )
+    for kind, usual in usual_alone.items():
+        told = [f"{one.name} {seconds[one.name]}" for one in order if getattr(one, kind)][:4]
+        print("   in use", seconds[usual.name], *told, sep=" | ", flush=True)
     return {
         "d_model": d_model, "d_ff": d_ff, "gated": gated, "branches": parts, "tokens": tokens,
         "microseconds_alone": seconds, "microseconds_together": together,

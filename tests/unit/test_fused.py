@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from ffsplit.ffn.fused import FusedBranches, _decoded, _places, activation_name, low_bit_shapes
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
-from ffsplit.kernels import low_bit, nvrtc
+from ffsplit.kernels import nvrtc
 from ffsplit.kernels.cache import decoded_room, is_capturing, set_decoded_limit
 from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.dispatch import belong
@@ -280,44 +280,44 @@ def test_kernels_want_rows_one_after_another() -> None:
     assert not belong(x, [*tensors, down.scale])
 
 
-def test_inputs_that_start_anywhere_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[list[int]] = []
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
+    """Kernels and their pointers, of launches that do nothing."""
+    found: list[tuple[str, list[int]]] = []
 
-    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int) -> object:
-        return lambda grid, block, pointers, integers, early=False: launched.append(pointers)
+    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int = 0) -> object:
+        return lambda grid, block, pointers, integers, early=False: found.append((kernel, pointers))
 
-    monkeypatch.setattr(low_bit.nvrtc, "launcher", launcher)
-    monkeypatch.setattr(low_bit.nvrtc, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(nvrtc, "launcher", launcher)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 99 * 1024)
+    return found
+
+
+def test_inputs_that_start_anywhere_are_copied(launched: list[tuple[str, list[int]]]) -> None:
     shape = LowBitShape(64, (64,), (4,), 64, True, "silu")
     ffn = LowBitFFN([None] * 15, shape, 1, torch.bfloat16, 0)
     room = torch.zeros(256, dtype=torch.bfloat16)
     for start in (0, 1, 8):
         ffn(room[start : start + 64].view(1, 64))
-    assert all(pointers[0] % ALIGNMENT == 0 for pointers in launched[::2])
-    assert launched[0][0] == room.data_ptr()
+    assert all(pointers[0] % ALIGNMENT == 0 for _, pointers in launched[::2])
+    assert launched[0][1][0] == room.data_ptr()
 
 
 @pytest.mark.parametrize(("tokens", "launches", "rows"), [(8, 2, 8), (9, 3, 16), (17, 3, 32), (32, 3, 32)])
 def test_more_than_a_tile_is_put_in_order_first_and_read_whole(
-    tokens: int, launches: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, launches: int, rows: int, launched: list[tuple[str, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of threads read all tokens of their tiles, those behind the last one too."""
-    launched: list[str] = []
     sizes: list[int] = []
-
-    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int = 0) -> object:
-        return lambda grid, block, pointers, integers, early: launched.append(kernel)
 
     def new_empty(tensor: Tensor, size: int) -> Tensor:
         sizes.append(size)
         return torch.empty(size, dtype=tensor.dtype)
 
-    monkeypatch.setattr(nvrtc, "launcher", launcher)
-    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     shape = LowBitShape(192, (64, 192), (8, 4), 128, True, "silu")
     LowBitFFN([None] * 29, shape, tokens, torch.bfloat16, 0)(torch.zeros(tokens, 192, dtype=torch.bfloat16))
-    assert launched == ["arrange", "inner", "outer"][-launches:]
+    assert [kernel for kernel, _ in launched] == ["arrange", "inner", "outer"][-launches:]
     # Whole groups: of hidden activations of both branches, and of the inputs once for each order.
     assert sizes == [rows * (128 + 256), *[rows * 2 * 256] * (launches == 3)]
 
@@ -375,21 +375,14 @@ def test_the_operator_decodes_where_the_kernels_cannot_be_compiled(
     torch.testing.assert_close(found, SumFFN(64, branches, bias=bias)(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_operator_copies_weights_that_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[list[int]] = []
-
-    def launcher(name: str, kernel: str, arguments: tuple[int, ...], device: int, shared: int) -> object:
-        return lambda grid, block, pointers, integers, early=False: launched.append(pointers)
-
-    monkeypatch.setattr(nvrtc, "launcher", launcher)
-    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: 99 * 1024)
+def test_the_operator_copies_weights_that_start_anywhere(launched: list[tuple[str, list[int]]]) -> None:
     room = torch.zeros(64 * 64 + 8, dtype=torch.bfloat16)
     weights: list[Tensor | None] = [None] * 15
     weights[0] = weights[4] = weights[8] = room[1 : 1 + 64 * 64].view(64, 64)
     shape = LowBitShape(64, (64,), (16,), 64, True, "silu")
     low_bit_ffn._init_fn(torch.zeros(1, 64, dtype=torch.bfloat16), weights, shape.numbers())
     assert len(launched) == 2
-    assert all(pointer % ALIGNMENT == 0 for pointers in launched for pointer in pointers)
+    assert all(pointer % ALIGNMENT == 0 for _, pointers in launched for pointer in pointers)
 
 
 def test_launches_are_kept_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

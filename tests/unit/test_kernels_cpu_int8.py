@@ -57,7 +57,7 @@ def test_few_tokens_have_exact_sums_at_their_largest(rows: int, columns: int, to
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (max(rows, tokens), columns), generator=generator, dtype=torch.int8) * 2 - 1
     codes, x = 127 * signs[:rows], 127 * signs[:tokens]
-    few = cpu_int8.few_int8_matrix([(codes, torch.full((rows,), 0.5))])
+    few = cpu_int8.few_int8_matrix([cpu_int8.Int8Parts(codes, torch.full((rows,), 0.5))])
     assert torch.equal(cpu_int8.few_product(x.float(), few), exact_product(x, codes) * 0.5)
 
 

@@ -19,7 +19,7 @@ from ffsplit.ffn.selectors import Threshold, ThresholdSpec
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.ffn.thresholded import _places, threshold_shape
 from ffsplit.kernels import cpu_threshold, nvrtc
-from ffsplit.kernels.cache import set_decoded_limit
+from ffsplit.kernels.cache import counted_transpose, set_decoded_limit
 from ffsplit.kernels.dispatch import reference_only
 from ffsplit.kernels.low_bit import ALIGNMENT
 from ffsplit.kernels.threshold import (
@@ -28,7 +28,6 @@ from ffsplit.kernels.threshold import (
     ThresholdFFN,
     ThresholdShape,
     Workspace,
-    neuron_major,
     shares_of,
     takes,
     threshold_ffn,
@@ -183,8 +182,8 @@ def test_copies_pickles_and_moves_start_anew() -> None:
 
 def test_a_matrix_that_lies_neuron_after_neuron_is_not_copied() -> None:
     down = torch.randn(48, 32).t()
-    assert neuron_major(down).data_ptr() == down.data_ptr()
-    copied = neuron_major(down.contiguous())
+    assert counted_transpose(down).data_ptr() == down.data_ptr()
+    copied = counted_transpose(down.contiguous())
     assert copied.is_contiguous()
     assert torch.equal(copied, down.t())
 

@@ -19,7 +19,7 @@ from ffsplit.ffn.places import Held, Place, held_at, tensors_at
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.ffn.weights import joined_biases
-from ffsplit.kernels.cache import counted, decoded_room, is_capturing
+from ffsplit.kernels.cache import counted, is_capturing
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.float8_ffn import float8_ffn, run_float8, wants_float8
@@ -140,7 +140,7 @@ class FusedBranches(WatchedBranches[_Known, list[LowBitFFN]]):
             return run_float8(x, made)
         weights = sum(math.prod(matrix.spec.shape) for b in branches for matrix in (b.up, b.gate, b.down) if matrix)
         key = "dense", x.dtype
-        if not self.derived.holds(key, sources) and weights * x.dtype.itemsize > decoded_room(x.device):
+        if not self.derived.has_room(key, sources, weights * x.dtype.itemsize):
             return None
         return self.derived.get(key, sources, lambda: _decoded(branches, bias, act, x.dtype, keep=True))(x)
 

@@ -143,7 +143,7 @@ def _have_hooks(branches: Sequence[Branch]) -> bool:
 
 def _most_as_codes(branches: Sequence[Branch], dtype: torch.dtype) -> int:
     """Up to how many tokens some branch of its own takes the int4 kernel."""
-    packed = [it for branch in branches for it in projections_of(branch) if isinstance(it, Packed)]
+    packed = [it for it in projections_of(branches) if isinstance(it, Packed)]
     return max((cpu_int4.most_tokens(it.spec.bits) for it in packed if fits_int4(it, dtype)), default=0)
 
 
@@ -157,18 +157,17 @@ def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -
     tensors: list[Tensor] = []
     for branch in branches:
         places += [(branch._modules, name) for name in ("up", "gate", "down", "selector")]
-        for projection in projections_of(branch):
-            for named in (projection._parameters, projection._buffers, projection._modules):
-                places += [(named, name) for name in named]
-                tensors += [it for it in named.values() if isinstance(it, Tensor)]
+    for projection in projections_of(branches):
+        for named in (projection._parameters, projection._buffers, projection._modules):
+            places += [(named, name) for name in named]
+            tensors += [it for it in named.values() if isinstance(it, Tensor)]
     made = merge_decoded if decoded else merge
     merged = made(branches, x.dtype, x.device) if takes_kernels(x, tensors) else None
-    for branch in branches if merged is not None else ():  # nothing is kept twice
-        for projection in projections_of(branch):
-            if isinstance(projection, Int8Dynamic):
-                projection.derived.forget(FEW_KEY)  # many tokens keep theirs
-            elif decoded and isinstance(projection, Packed):
-                projection.derived.drop()
+    for projection in projections_of(branches) if merged is not None else ():  # nothing is kept twice
+        if isinstance(projection, Int8Dynamic):
+            projection.derived.forget(FEW_KEY)  # many tokens keep theirs
+        elif decoded and isinstance(projection, Packed):
+            projection.derived.drop()
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
     return Watched(kind, merged, tuple(branches), held_at(places), tracked, state_of(tracked))
 

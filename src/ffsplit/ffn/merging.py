@@ -89,7 +89,7 @@ class MergedSum:
 @torch.no_grad()
 def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
     """The merged matrices; None if there is nothing to merge, or something that cannot be."""
-    projections = [projection for branch in branches for projection in projections_of(branch)]
+    projections = projections_of(branches)
     on_cpu = device.type == "cpu"
     pays = len(branches) > 1 and (dtype in HALF_PRECISION or not on_cpu)
     packed = all(isinstance(projection, Packed) for projection in projections)
@@ -113,7 +113,7 @@ def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) 
 @torch.no_grad()
 def merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) -> MergedSum | None:
     """The matrices of packed (and dense) branches, each decoded into the dtype in which it is multiplied fastest."""
-    projections = [projection for branch in branches for projection in projections_of(branch)]
+    projections = projections_of(branches)
     known = all(type(it) is Packed or (type(it) is Dense and it.weight.dtype == dtype) for it in projections)
     several = len(projections) > 2 and any(type(it) is Packed for it in projections)
     if not known or not several or any(branch.selector is not None for branch in branches):
@@ -173,8 +173,8 @@ def _kind(piece: Piece, place: int, dim: int, on_cpu: bool) -> object:
 def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int, count: bool) -> Product:
     floats = [piece for piece in pieces if isinstance(piece, Tensor)]
     packed = [piece for piece in pieces if isinstance(piece, Int4Parts)]
-    int8 = [piece for piece in pieces if isinstance(piece, tuple)]
-    sizes = [_codes(piece).shape[dim] for piece in pieces]
+    int8 = [piece for piece in pieces if isinstance(piece, Int8Parts)]
+    sizes = [(piece if isinstance(piece, Tensor) else piece.codes).shape[dim] for piece in pieces]
     if int8:
         return Product(few_int8_matrix(int8), sizes, places)
     if packed:
@@ -183,13 +183,6 @@ def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int, count: 
         return Product(floats[0], sizes, places)
     matrix = torch.cat(floats, dim)
     return Product(counted(matrix) if count else matrix, sizes, places)
-
-
-def _codes(piece: Piece) -> Tensor:
-    """What has the size of the matrix."""
-    if isinstance(piece, Tensor):
-        return piece
-    return piece.codes if isinstance(piece, Int4Parts) else piece[0]
 
 
 def _first(projection: Projection) -> Piece:
@@ -206,7 +199,7 @@ def _whole(projection: Projection) -> Piece:
     if isinstance(projection, Packed):
         return projection.stored().int4()
     if isinstance(projection, Int8Dynamic):
-        return projection.codes, projection.row_scale
+        return Int8Parts(projection.codes, projection.row_scale)
     assert isinstance(projection, Dense)
     return projection.weight.detach()
 
@@ -228,15 +221,15 @@ def fits_int4(projection: Packed, dtype: torch.dtype) -> bool:
 
 def most_tokens(branches: Sequence[Branch], device: torch.device) -> int:
     """Up to how many tokens the kernel for few is the faster way for every matrix, and merging for those of floats."""
-    if device.type != "cpu":
-        return sys.maxsize
-    projections = [projection for branch in branches for projection in projections_of(branch)]
-    return min(
-        cpu_int4.most_tokens(it.spec.bits) if isinstance(it, Packed)
-        else cpu_int8.FEW if isinstance(it, Int8Dynamic) else MOST_TOKENS
-        for it in projections
-    )  # fmt: skip
+    return min(map(_most_tokens, projections_of(branches))) if device.type == "cpu" else sys.maxsize
 
 
-def projections_of(branch: Branch) -> list[Projection]:
-    return [projection for projection in (branch.up, branch.gate, branch.down) if projection is not None]
+def _most_tokens(projection: Projection) -> int:
+    if isinstance(projection, Packed):
+        return cpu_int4.most_tokens(projection.spec.bits)
+    return cpu_int8.FEW if isinstance(projection, Int8Dynamic) else MOST_TOKENS
+
+
+def projections_of(branches: Sequence[Branch]) -> list[Projection]:
+    """All of their matrices."""
+    return [it for branch in branches for it in (branch.up, branch.gate, branch.down) if it is not None]

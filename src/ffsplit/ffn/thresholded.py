@@ -21,14 +21,13 @@ from ffsplit.ffn.projections import Dense
 from ffsplit.ffn.selectors import Threshold
 from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.kernels import cpu_threshold
-from ffsplit.kernels.cache import counted, decoded_room
+from ffsplit.kernels.cache import counted_transpose
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.low_bit import ALIGNMENT
 from ffsplit.kernels.threshold import (
     BRANCH_TENSORS,
     ThresholdFFN,
     ThresholdShape,
-    neuron_major,
     takes,
     threshold_ffn,
 )
@@ -134,9 +133,9 @@ class ThresholdedBranches(WatchedBranches[_Known, ThresholdFFN | None]):
         present = [down for down in downs if down is not None]
         copied = sum(down.nbytes for down in present if not down.t().is_contiguous())
         key = "neuron_major"
-        if not self.derived.holds(key, present) and copied > decoded_room(present[0].device):
+        if not self.derived.has_room(key, present, copied):
             return None
-        made = iter(self.derived.get(key, present, lambda: [_kept(down) for down in present]))
+        made = iter(self.derived.get(key, present, lambda: [counted_transpose(down) for down in present]))
         return [None if down is None else next(made) for down in downs]
 
 
@@ -211,12 +210,6 @@ def _fit(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 def _by_rows(down: Tensor | None) -> Tensor | None:
     """The matrix or its transpose, whichever lies row after row."""
     return down if down is None or down.is_contiguous() else down.t()
-
-
-def _kept(down: Tensor) -> Tensor:
-    """Neuron after neuron; a copy is counted among what this package keeps."""
-    made = neuron_major(down)
-    return made if made.data_ptr() == down.data_ptr() else counted(made)
 
 
 def _places(branches: Sequence[Branch]) -> list[Place | None]:

@@ -61,6 +61,11 @@ class DerivedCache:
         self._look_at(sources)
         return key in self._made
 
+    def has_room(self, key: Hashable, sources: Sequence[Tensor | None], size: int) -> bool:
+        """Whether it is there and still right, or so many bytes of a decoded matrix may be kept beside its sources."""
+        device = next(source.device for source in sources if source is not None)
+        return self.holds(key, sources) or size <= decoded_room(device)
+
     @property
     def is_empty(self) -> bool:
         return not self._made
@@ -123,6 +128,12 @@ def counted(matrix: Tensor) -> Tensor:
     _Decoded.kept[matrix.device] += matrix.nbytes
     weakref.finalize(matrix, _uncount, matrix.device, matrix.nbytes)
     return matrix
+
+
+def counted_transpose(matrix: Tensor) -> Tensor:
+    """Its columns as rows, one after another: a view if they lie so already, else a copy, counted as decoded."""
+    made = matrix.detach().t().contiguous()
+    return made if made.data_ptr() == matrix.data_ptr() else counted(made)
 
 
 def _uncount(device: torch.device, size: int) -> None:

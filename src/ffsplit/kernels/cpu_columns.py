@@ -1,7 +1,7 @@
 """Few tokens times tall float32 matrices on AMD CPUs, whose products go faster column after column.
 
 torch's product of a token and a matrix reads it row after row. The second factors of low-rank matrices have many
-short rows, and reading the same numbers by columns is up to 2.5 times as fast on a Zen 5: for up to two tokens, and
+short rows, and reading the same numbers by columns is up to 2.2 times as fast on a Zen 5: for up to two tokens, and
 where rows are very short for more (``benchmarks/cpu_columns.py``). So a copy in that order is kept where there is
 room for decoded matrices.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, float32
 from torch.nn.functional import linear
 
 from ffsplit.kernels import cpu
-from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.cache import DerivedCache, counted_transpose
 from ffsplit.kernels.dispatch import SMALLEST, takes_kernels
 
 MOST_TOKENS = 2
@@ -36,17 +36,15 @@ def tall_linear(
         weight: not necessarily tall; nothing is kept of others.
         cache: of this matrix alone.
     """
-    if not PAYS or x.dtype != float32 or not _is_tall(weight) or not takes_kernels(x, (weight,)):
+    if not PAYS or not _pays(x, weight) or not cache.has_room(_KEY, (weight,), weight.nbytes):
         return linear(x, weight)
-    columns = weight.shape[1]
-    most = MOST_OF_NARROW if columns <= NARROW else MOST_TOKENS
-    if x.numel() > most * columns or weight.dtype != float32:
-        return linear(x, weight)
-    if not cache.holds(_KEY, (weight,)) and weight.nbytes > decoded_room(weight.device):
-        return linear(x, weight)
-    return linear(x, cache.get(_KEY, (weight,), lambda: counted(weight.detach().t().contiguous()).t()))
+    return linear(x, cache.get(_KEY, (weight,), lambda: counted_transpose(weight)).t())
 
 
-def _is_tall(weight: Tensor) -> bool:
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype != float32 or weight.dtype != float32 or weight.device.type != "cpu":
+        return False
     rows, columns = weight.shape
-    return weight.device.type == "cpu" and rows >= TALL * columns and weight.numel() >= SMALLEST
+    if rows < TALL * columns or weight.numel() < SMALLEST or not takes_kernels(x, (weight,)):
+        return False
+    return x.numel() <= columns * (MOST_OF_NARROW if columns <= NARROW else MOST_TOKENS)

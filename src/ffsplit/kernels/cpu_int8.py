@@ -73,8 +73,12 @@ class FewInt8Matrix:
     nbytes: int
 
 
-Int8Parts = tuple[Tensor, Tensor]
-"""Codes ``[out, columns]`` and the scales of their rows."""
+@dataclass(frozen=True)
+class Int8Parts:
+    """Codes ``[out, columns]`` and the scales of their rows."""
+
+    codes: Tensor
+    scale: Tensor
 
 
 def fits(shape: tuple[int, int]) -> bool:
@@ -95,7 +99,7 @@ def int8_matrix(codes: Int8[Tensor, "out columns"], scale: Float[Tensor, " out"]
 
 def few_int8_matrix(parts: Sequence[Int8Parts]) -> FewInt8Matrix:
     """Bring codes into fbgemm's order, those of several matrices below each other."""
-    codes, scale = torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
+    codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
     zeros = torch.zeros(codes.shape[0], dtype=torch.int64, device=codes.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
@@ -134,6 +138,7 @@ def few_product(x: Float[Tensor, "tokens columns"], b: FewInt8Matrix) -> Float[T
         if math.isfinite(largest):
             found: Tensor = multiply(wide, max(largest, SMALLEST) / LARGEST, MIDDLE, b.packed)
             return found
+    # For so few the copy that abs makes costs less than the two calls more of `round_rows`.
     scale = wide.abs().amax(1, keepdim=True).clamp_min_(SMALLEST).div_(LARGEST)
     found = multiply(wide.div(scale), 1.0, MIDDLE, b.packed)
     return found.mul_(scale)

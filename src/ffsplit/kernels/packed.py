@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ffsplit.kernels.cache import DerivedCache, counted, decoded_room
+from ffsplit.kernels.cache import DerivedCache, counted
 from ffsplit.kernels.cpu import product_dtype
 from ffsplit.kernels.cpu_int4 import Int4Parts, int4_linear, int4_matrix, int4_parts, is_precise_enough
 from ffsplit.kernels.dispatch import Path, as_autocast, may_round, packed_path
@@ -151,6 +151,6 @@ def _kept_dense(matrix: PackedTensors, dtype: torch.dtype, cache: DerivedCache) 
     """The decoded matrix: the kept one, or one to be kept if there is room."""
     key = Path.DECODED, dtype
     rows, columns = matrix.shape
-    if not cache.holds(key, matrix.sources) and rows * columns * dtype.itemsize > decoded_room(matrix.packed.device):
+    if not cache.has_room(key, matrix.sources, rows * columns * dtype.itemsize):
         return matrix.dense(dtype)
     return cache.get(key, matrix.sources, lambda: counted(matrix.dense(dtype)))

@@ -83,11 +83,6 @@ def takes(x: Float[Tensor, "*tokens d_model"], shape: ThresholdShape) -> bool:
     return shape.is_supported and nvrtc.is_supported(x.device.index or 0)
 
 
-def neuron_major(down: Float[Tensor, "d_model neurons"]) -> Float[Tensor, "neurons d_model"]:
-    """The rows of ``down^T`` one after another: a view if they lie so already, else a copy."""
-    return down.detach().t().contiguous()
-
-
 @dataclass(frozen=True)
 class Workspace:
     """Where what passes between blocks and launches lies in one buffer: bytes from its start.

@@ -41,13 +41,6 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     return found;
 }
 
-// (a & mask) | b, one instruction.
-__device__ __forceinline__ u32 masked_or(u32 a, u32 mask, u32 b) {
-    u32 found;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(a), "r"(mask), "r"(b));
-    return found;
-}
-
 // a * b + c, two halves at a time.
 template <bool HALF> __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
     u32 found;
@@ -187,7 +180,7 @@ __device__ __forceinline__ void decode(u32 (&pairs)[4], const Codes<BITS, G>& co
         if constexpr (BITS == 8) pairs[p] = permute(raw[2 * span + p / 2], 0, p % 2 ? 0x4341 : 0x4240);
         if constexpr (BITS == 4) pairs[p] = raw[span] >> (4 * p - above) & 0x000F000Fu << above;
         if constexpr (BITS < 4) pairs[p] = spread >> (2 * p - above) & 0x00030003u << above;
-        if constexpr (BITS == 3) pairs[p] = masked_or(above > p ? third << (above - p) : third >> (p - above), 0x00040004u << above, pairs[p]);
+        if constexpr (BITS == 3) pairs[p] |= (above > p ? third << (above - p) : third >> (p - above)) & 0x00040004u << above;
     }
 }
 
