@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,12 +103,16 @@ def _narrow(model: PreTrainedModel, site: FFNSite, width: int) -> None:
 def make_recordable(model: PreTrainedModel) -> None:
     """Take out of a forward what makes an accelerator wait for the host, which no graph can hold.
 
-    Beside the relative positions that is a look for padding in the token ids, which these batches do not have: releases
-    of transformers take two columns by a list, whose numbers are copied to the device, and read the answer.
+    Beside the relative positions that are two things about padding, which these batches do not have. A look for it in
+    the token ids: releases of transformers take two columns by a list, whose numbers are copied to the device, and read
+    the answer. And a mask, which eager forwards leave out and recorded ones do not; its zero is copied to the device.
     """
     reuse_position_bias(model)
     if hasattr(model, "warn_if_padding_and_no_attention_mask"):
         model.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+    code = sys.modules[type(model).__module__]
+    if hasattr(code, "create_bidirectional_mask"):
+        code.create_bidirectional_mask = lambda *_, **__: None  # type: ignore[attr-defined]
 
 
 def reuse_position_bias(model: PreTrainedModel) -> None:
