@@ -269,10 +269,9 @@ def test_many_tokens_are_exact_unless_float8_is_asked_for(monkeypatch: pytest.Mo
 def test_a_row_next_to_nothing_becomes_no_nan_in_float8(size: float) -> None:
     x = torch.randn(4, 64).to(torch.bfloat16)
     x[1] = size
-    made = float8_ffn._rounded(x.cuda(), 64, "identity", False, None, None)
+    made = float8_ffn.rounded(x.cuda(), 64)
     assert made is not None
-    codes, scale = made
-    found = codes.float() * scale
+    found = made.codes.float() * made.scale[:, None]
     assert bool(torch.isfinite(found).all())
     torch.testing.assert_close(found[1].cpu(), x[1].float(), rtol=0.1, atol=1e-39)
 

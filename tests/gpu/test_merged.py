@@ -25,7 +25,7 @@ def matrix(rows: int, columns: int, rank: int | None) -> Projection:
     return LowRank(torch.randn(rows, rank) * rank**-0.5, torch.randn(rank, columns) * columns**-0.5)
 
 
-def split(gated: bool) -> SumFFN:
+def split(gated: bool, parts: tuple[tuple[int, int | None], ...] = ((128, None), (896, 96))) -> SumFFN:
     branches = [
         Branch(
             nn.SiLU(),
@@ -34,16 +34,17 @@ def split(gated: bool) -> SumFFN:
             matrix(neurons, D_MODEL, rank) if gated else None,
             torch.randn(neurons),
         )
-        for neurons, rank in ((128, None), (896, 96))
+        for neurons, rank in parts
     ]
     return SumFFN(D_MODEL, branches, bias=torch.randn(D_MODEL)).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("parts", [((128, None), (896, 96)), ((512, None),), ((1024, 96),)], ids=str)
 @torch.no_grad()
-def test_any_number_of_tokens(gated: bool, dtype: torch.dtype) -> None:
-    ffn = split(gated).to(dtype)
+def test_any_number_of_tokens(parts: tuple[tuple[int, int | None], ...], gated: bool, dtype: torch.dtype) -> None:
+    ffn = split(gated, parts).to(dtype)
     on_gpu = copy.deepcopy(ffn).cuda()
     for tokens in (1, 3, 300):
         x = torch.randn(tokens, D_MODEL).to(dtype)

@@ -26,6 +26,7 @@ from ffsplit.budget.cost import dense_spec
 from ffsplit.ffn.made_up import fill
 from ffsplit.ffn.merged import Watched
 from ffsplit.ffn.merging import MergedSum, Product
+from ffsplit.ffn.places import Held
 from ffsplit.ffn.projections import Int8DynamicSpec, PackedSpec
 from ffsplit.ffn.shape import FFNShape
 from ffsplit.ffn.sum import SumFFN, dense_branch
@@ -151,7 +152,7 @@ def test_what_a_sum_makes_of_all_its_branches_is_held() -> None:
     before = resident_bytes(module)
     product = Product(torch.zeros(25), [25], (0,))
     module.merged._made[False] = Watched(
-        (torch.float32, "highest", True), MergedSum((product,), (), 1, decoded=False), (), (), (), ()
+        (torch.float32, "highest", True), MergedSum((product,), (), (), 1), (), Held(), (), ((), ())
     )
     assert resident_bytes(module) == before + 100
     module._fused.derived.get("dense", [torch.zeros(1)], lambda: torch.zeros(50))

@@ -23,7 +23,7 @@ ROUNDED = 2e-2
 """Of the output's norm: an FFN of bfloat16 products."""
 
 
-needs_few_int8 = pytest.mark.skipif(not cpu_int8.takes_few(1), reason="torch has no fbgemm kernel on this CPU")
+needs_few_int8 = pytest.mark.skipif(not cpu_int8.most_few((1, 1)), reason="torch has no fbgemm kernel on this CPU")
 
 
 def matrix(rows: int, columns: int) -> Tensor:
@@ -101,11 +101,12 @@ def test_few_tokens_in_bfloat16_are_merged(kinds: tuple[str, ...], gated: bool) 
 
 @needs_few_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kinds", [("w8a8",), ("w8a8", "w8a8")], ids="+".join)
 @torch.no_grad()
-def test_a_token_is_rounded_once_for_all_int8_matrices(kinds: tuple[str, ...], dtype: torch.dtype) -> None:
-    module = ffn(*kinds, wide=4).to(dtype)
-    x = torch.randn(cpu_int8.FEW + 1, D_MODEL).to(dtype)
+def test_a_token_is_rounded_once_for_all_int8_matrices(kinds: tuple[str, ...], gated: bool, dtype: torch.dtype) -> None:
+    module = ffn(*kinds, gated=gated, wide=8).to(dtype)
+    x = torch.randn(cpu_int8.FEW_OF_SMALL + 1, D_MODEL).to(dtype)
     separate = module(x)
     for tokens in (1, 4):
         found = module(x[:tokens])
@@ -122,13 +123,9 @@ def test_a_token_is_rounded_once_for_all_int8_matrices(kinds: tuple[str, ...], d
 @torch.no_grad()
 def test_int8_matrices_that_are_not_merged_and_what_is_kept_of_those_that_are() -> None:
     x = torch.randn(2, D_MODEL)
-    # One matrix of inputs and one of outputs; a dense branch, which would be copied.
-    for module, given in (
-        (ffn("w8a8", gated=False, wide=8), x),
-        (ffn("dense", "w8a8", wide=4).bfloat16(), x.bfloat16()),
-    ):
-        module(given)
-        assert module.merged.is_empty
+    module = ffn("dense", "w8a8", wide=4).bfloat16()
+    module(x.bfloat16())
+    assert module.merged.is_empty, "a dense branch would be copied"
     module = ffn("w8a8", wide=4, bias=False)  # a bias would record gradients
     stored = resident_bytes(module)
     weights = sum(p.codes.nbytes for b in module._branches() for p in (b.up, b.gate, b.down))
@@ -137,7 +134,7 @@ def test_int8_matrices_that_are_not_merged_and_what_is_kept_of_those_that_are() 
     assert resident_bytes(module) == stored + weights
     module(x)
     assert resident_bytes(module) == stored + weights, "kept twice"
-    module(torch.randn(60, D_MODEL))
+    module(torch.randn(cpu_int8.FEW_OF_SMALL + 1, D_MODEL))
     assert resident_bytes(module) > stored + 2 * weights
 
 
@@ -150,7 +147,6 @@ def test_what_cannot_or_need_not_be_merged_is_not() -> None:
         (ffn("8", "4"), few),  # 8 bits in float32
         (ffn("dense").bfloat16(), few.bfloat16()),
         (ffn("low_rank", "4"), many),
-        (ffn("4", gated=False), many),  # two matrices
         (ffn("4", "4"), few[:0]),
     ):
         wanted = exact(module, x)
@@ -294,6 +290,11 @@ def test_gradients_reach_biases_weights_and_inputs() -> None:
         lambda module: module.load_state_dict({n: t.flip(0) for n, t in module.state_dict().items()}, assign=True),
         lambda module: [tensor.copy_(tensor.flip(0)) for tensor in (*module.parameters(), *module.buffers())],
         lambda module: setattr(module.branches[0], "up", module.branches[0].gate),
+        lambda module: setattr(module.branches[0], "act", nn.ReLU()),
+        lambda module: setattr(
+            module.branches[0], "up_bias", nn.Parameter(torch.ones_like(module.branches[0].up_bias))
+        ),
+        lambda module: setattr(module.branches[0], "gate_bias", None),
         lambda module: module.branches.__setitem__(0, mirrored(module.branches[0])),
     ],
 )
@@ -346,10 +347,17 @@ def test_on_a_gpu_floats_are_merged_for_any_number_of_tokens(monkeypatch: pytest
         assert made is not None
         assert made.most_tokens > 1 << 40
         assert len(made.inner) == len(made.outer) == 1
-        found = merged._run(x, branches, made) + module.bias
+        found = merged._run(x, made) + module.bias
         assert error(found, exact(module, x)) < 1e-5
     assert merging.merge(ffn("dense", "4")._branches(), torch.bfloat16, gpu) is None, "int4 kernels are of the CPU"
-    assert merging.merge(ffn("low_rank")._branches(), torch.float32, gpu) is None
+    alone = ffn("low_rank")
+    made = merging.merge(alone._branches(), x.dtype, gpu)
+    assert made is not None
+    assert len(made.inner) == 2
+    kept = [product.matrix for product in (*made.inner, *made.outer)]
+    stored = {parameter.data_ptr() for parameter in alone.parameters()}
+    assert all(isinstance(matrix, Tensor) and matrix.data_ptr() in stored for matrix in kept), "nothing is copied"
+    assert error(merged._run(x, made) + alone.bias, exact(alone, x)) < 1e-5
     room = 1000
     with pytest.raises(merging.NoRoom):
         merging.merge(branches, torch.float32, gpu)

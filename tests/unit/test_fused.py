@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ffsplit.ffn.fused import FusedBranches, _decoded, _places, activation_name, low_bit_shapes
+from ffsplit.ffn.activated import activation_name
+from ffsplit.ffn.fused import FusedBranches, _decoded, _places, low_bit_shapes
 from ffsplit.ffn.projections import Dense, Packed, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import nvrtc
+from ffsplit.kernels.activations import ACTIVATIONS
 from ffsplit.kernels.cache import decoded_room, is_capturing, set_decoded_limit
-from ffsplit.kernels.dense_ffn import ACTIVATIONS
 from ffsplit.kernels.dispatch import belong
 from ffsplit.kernels.float8_ffn import set_prefill
 from ffsplit.kernels.low_bit import ALIGNMENT, TOKENS, Layout, LowBitFFN, LowBitShape, low_bit_ffn, takes

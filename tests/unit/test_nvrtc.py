@@ -24,7 +24,10 @@ INSTANCES = [
     ("low_bit", "outer<0,4,32,4,true,16,4,1,12288,16>"),
     ("threshold", "inner<1,true,false,1>"),
     ("threshold", "outer<false,2>"),
-    ("float8_rows", "float8_rows<1,true,false>"),
+    ("float8_rows", "float8_rows<1,true,false,true,14>"),
+    ("float8_rows", "float8_values<false>"),
+    ("activation", "activation<1,true,false>"),
+    ("activation", "activation<2,false,true>"),
 ]
 
 

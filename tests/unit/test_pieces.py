@@ -61,11 +61,16 @@ def test_gradients_autocast_and_other_dtypes_see_all_tokens_at_once() -> None:
     assert sizes == [1500] * 3
 
 
-def test_storages_with_paths_of_their_own_see_all_tokens_at_once() -> None:
-    module, x = ffn("dense", "4"), torch.randn(1500, D_MODEL)
-    with torch.no_grad(), sizes_of(module) as sizes:
-        module(x)
-    assert sizes == [1500]
+@pytest.mark.parametrize("kinds", [("dense", "4"), ("8", "4"), ("w8a8",)], ids="+".join)
+def test_codes_go_in_pieces_too(kinds: tuple[str, ...]) -> None:
+    module, x = ffn(*kinds, wide=5), torch.randn(1500, D_MODEL)
+    with torch.no_grad():
+        found = module(x)
+        with sizes_of(module) as sizes:
+            module(x)
+        assert sizes == [750, 750]
+        pieces_apart = torch.cat([module(x[:750]), module(x[750:])])
+    torch.testing.assert_close(found, pieces_apart, rtol=0, atol=0)
 
 
 class Noticed(Dense):

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import activations
+from torch import Tensor
 
-from ffsplit.ffn.places import Held, Place, held_at, tensors_at
+from ffsplit.ffn.activated import activation_name
+from ffsplit.ffn.places import Held, Place, tensors_at
 from ffsplit.ffn.projections import Dense, Packed
 from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.ffn.weights import joined_biases
@@ -37,27 +36,6 @@ from ffsplit.kernels.low_bit import (
 if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
-ACTIVATION_NAMES: dict[type[nn.Module], str] = {
-    activations.SiLUActivation: "silu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    activations.ReLUSquaredActivation: "relu_squared",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.GELUTanh: "gelu_tanh",
-    activations.FastGELUActivation: "gelu_tanh",
-    nn.Identity: "identity",
-    activations.LinearActivation: "identity",
-}
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """Its name among :data:`ffsplit.kernels.dense_ffn.ACTIVATIONS`; None if it is not one of them."""
-    if isinstance(act, nn.GELU):
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    if isinstance(act, activations.GELUActivation):
-        return "gelu" if act.act is functional.gelu else None
-    return ACTIVATION_NAMES.get(type(act))
-
 
 @dataclass(frozen=True)
 class _Known:
@@ -69,7 +47,7 @@ class _Known:
         shapes: of pairs of branches; None: the kernels do not know them.
     """
 
-    modules: tuple[Held, ...]
+    modules: Held
     tensors: tuple[Place | None, ...]
     shapes: tuple[LowBitShape, ...] | None
 
@@ -78,7 +56,7 @@ class _Known:
         names = ("act", "up", "gate", "down", "selector")
         shapes = low_bit_shapes(branches)
         return cls(
-            held_at([(branch._modules, name) for branch in branches for name in names]),
+            Held.at([(branch._modules, name) for branch in branches for name in names]),
             () if shapes is None else tuple(place for branch in branches for place in _places(branch)),
             shapes,
         )
@@ -95,7 +73,7 @@ class FusedBranches(WatchedBranches[_Known, list[LowBitFFN]]):
     ) -> Tensor | None:
         """The outputs of all branches and the bias together; None where the kernels do not apply."""
         # Before anything else: on other devices this must cost nothing.
-        if x.device.type != "cuda" or not branches:
+        if not x.is_cuda or not branches:
             return None
         if torch.compiler.is_compiling():
             return _traced(x, branches, bias)

@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ffsplit.ffn.merging import (
     MOST_EVER,
+    Between,
     MergedSum,
     NoRoom,
+    Product,
     fits_int4,
     merge,
     merge_decoded,
     most_tokens,
     projections_of,
 )
-from ffsplit.ffn.places import Held, Place, held_at, is_unchanged
-from ffsplit.ffn.projections import Int8Dynamic, LowRank, Packed, Projection
+from ffsplit.ffn.places import Held, Place
+from ffsplit.ffn.projections import Int8Dynamic, Packed
 from ffsplit.kernels import cpu, cpu_int4
 from ffsplit.kernels.cache import State, is_capturing, state_of
-from ffsplit.kernels.dispatch import FLOATS, is_traced, may_round, takes_kernels
+from ffsplit.kernels.dispatch import FLOATS, may_round, takes_kernels
 from ffsplit.kernels.int8 import FEW_KEY
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ class Watched:
     kind: Kind
     merged: MergedSum | None
     branches: tuple[Branch, ...]
-    held: tuple[Held, ...]
+    held: Held
     tensors: tuple[Tensor, ...]
     state: State
 
     def is_current(self, kind: Kind, branches: Sequence[Branch]) -> bool:
         """Whether it is for these, and nothing of the branches was replaced or changed in place."""
-        if self.kind != kind or self.branches != tuple(branches) or not is_unchanged(self.held):
+        if self.kind != kind or self.branches != tuple(branches) or not self.held.is_unchanged():
             return False
         return self.state == state_of(self.tensors)
 
@@ -115,21 +116,22 @@ def merged_sum(
     called, so hooks on them do not run; for many tokens, and for any number on GPUs, a sum with hooks inside is left as
     it is.
     """
-    device = x.device.type
-    if not branches or is_traced() or torch.is_grad_enabled() or device not in ("cpu", "cuda") or x.dtype not in FLOATS:
+    if not branches or torch.is_grad_enabled() or not (x.is_cpu or x.is_cuda) or x.dtype not in FLOATS:
         return None
-    if torch.is_autocast_enabled(device) or not takes_kernels(x, ()):
+    if not takes_kernels(x, ()) or torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):
         return None
     tokens = x.numel() // x.shape[-1]
     # Many tokens pass through models whose insides are looked at, few through models that are used.
-    if device == "cuda":
+    if x.is_cuda:
         merged = None if _have_hooks(branches) else cache.get(x, branches)
     else:
         merged = cache.get(x, branches) if tokens <= MOST_EVER else None
         if merged is None or tokens > merged.most_tokens:
             separate = tokens <= _most_as_codes(branches, x.dtype) or _have_hooks(branches)
             merged = None if separate else cache.get(x, branches, decoded=True)
-    return None if merged is None else _run(x.reshape(-1, x.shape[-1]), branches, merged).view(x.shape)
+    if merged is None or x.ndim == 2:  # no call that would change nothing: for one token each of them shows
+        return None if merged is None else _run(x, merged)
+    return _run(x.reshape(-1, x.shape[-1]), merged).view(x.shape)
 
 
 def _have_hooks(branches: Sequence[Branch]) -> bool:
@@ -156,7 +158,8 @@ def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -
     places: list[Place] = []
     tensors: list[Tensor] = []
     for branch in branches:
-        places += [(branch._modules, name) for name in ("up", "gate", "down", "selector")]
+        places += [(branch._modules, name) for name in ("act", "up", "gate", "down", "selector")]
+        places += [(branch._parameters, name) for name in ("up_bias", "gate_bias")]
     for projection in projections_of(branches):
         for named in (projection._parameters, projection._buffers, projection._modules):
             places += [(named, name) for name in named]
@@ -169,47 +172,35 @@ def _watched(x: Tensor, branches: Sequence[Branch], kind: Kind, decoded: bool) -
         elif decoded and isinstance(projection, Packed):
             projection.derived.drop()
     tracked = tuple(tensor for tensor in tensors if not tensor.is_inference())
-    return Watched(kind, merged, tuple(branches), held_at(places), tracked, state_of(tracked))
+    return Watched(kind, merged, tuple(branches), Held.at(places), tracked, state_of(tracked))
 
 
-def _run(
-    x: Float[Tensor, "tokens d_model"], branches: Sequence[Branch], merged: MergedSum
-) -> Float[Tensor, "tokens d_model"]:
+def _run(x: Float[Tensor, "tokens d_model"], merged: MergedSum) -> Float[Tensor, "tokens d_model"]:
     outputs: dict[int, Tensor] = {}
     for product in merged.inner:
         outputs.update(zip(product.places, _split(product(x), product.sizes), strict=True))
-    hidden = [
-        _before_outer(branch.down, merged.decoded, branch.hidden_of(*_inner_outputs(branch, outputs, 2 * index)))
-        for index, branch in enumerate(branches)
-    ]
     total: Tensor | None = None
     for product in merged.outer:
-        inputs = [hidden[place] for place in product.places]
-        out = product(inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1))
+        out = product(_inputs(product, merged.between, outputs))
         total = out if total is None else total.add_(out)
     assert total is not None
     return total
 
 
-def _split(found: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (found,) if len(sizes) == 1 else torch.split(found, sizes, 1)
-
-
-def _inner_outputs(branch: Branch, outputs: dict[int, Tensor], first: int) -> tuple[Tensor, Tensor | None]:
-    """What `up` and `gate` give, once the second factors of low-rank ones are applied."""
-
-    def whole(projection: Projection, place: int) -> Tensor:
-        return linear(outputs[place], projection.a) if isinstance(projection, LowRank) else outputs[place]
-
-    return whole(branch.up, first), None if branch.gate is None else whole(branch.gate, first + 1)
-
-
-def _before_outer(
-    down: Projection, decoded: bool, hidden: Float[Tensor, "tokens neurons"]
+def _inputs(
+    product: Product, between: Sequence[Between], outputs: dict[int, Tensor]
 ) -> Float[Tensor, "tokens columns"]:
-    """What the merged matrix of all `down` is given of one branch."""
-    if isinstance(down, LowRank):
-        return linear(hidden, down.b)
-    if isinstance(down, Packed) and not decoded and cpu_int4.halves(down.spec.bits) == 2:
-        return torch.cat([hidden, hidden], 1)
-    return hidden
+    """What a product of ``down`` matrices is given, side by side."""
+    first = outputs[2 * product.places[0]]
+    if len(product.places) == 1 or not first.is_cuda:
+        parts = [between[at](outputs[2 * at], outputs.get(2 * at + 1)) for at in product.places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    # Written where they belong: at thousands of tokens a copy shows.
+    found = first.new_empty(first.shape[0], sum(product.sizes))
+    for at, part in zip(product.places, found.split_with_sizes(product.sizes, 1), strict=True):
+        between[at](outputs[2 * at], outputs.get(2 * at + 1), out=part)
+    return found
+
+
+def _split(found: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (found,) if len(sizes) == 1 else found.split_with_sizes(sizes, 1)

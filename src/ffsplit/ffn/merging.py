@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ffsplit.ffn.activated import activated
 from ffsplit.ffn.projections import Dense, Int8Dynamic, LowRank, Packed, Projection
 from ffsplit.kernels import cpu, cpu_int4, cpu_int8
 from ffsplit.kernels.cache import counted, decoded_room
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 128 if cpu.TILES else 32 if cpu.FAST_BFLOAT16 else 4
 """Up to how many tokens merging float matrices is worth their copies: the faster products are, the more."""
-MOST_EVER = max(MOST_TOKENS, cpu_int8.FEW, *cpu_int4.MOST_TOKENS.values())
+MOST_EVER = max(MOST_TOKENS, cpu_int8.FEW, cpu_int8.FEW_OF_SMALL, *cpu_int4.MOST_TOKENS.values())
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 Piece = Tensor | Int4Parts | Int8Parts
 
@@ -70,20 +71,77 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Between:
+    """What a branch does between the products, taken out of its modules, where looking takes longer.
+
+    Attributes:
+        act: its activation.
+        up_bias: of its neurons.
+        gate_bias: of their gates.
+        up: second factor of a low-rank ``up``.
+        gate: that of a low-rank ``gate``.
+        down: first factor of a low-rank ``down``.
+        twice: whether ``down`` is given its inputs twice, for both halves of its codes.
+    """
+
+    act: nn.Module
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
+    up: Tensor | None
+    gate: Tensor | None
+    down: Tensor | None
+    twice: bool
+
+    @classmethod
+    def of(cls, branch: Branch, *, decoded: bool) -> Between:
+        codes = isinstance(branch.down, Packed) and not decoded
+        return cls(
+            act=branch.act,
+            up_bias=branch.up_bias,
+            gate_bias=branch.gate_bias,
+            up=_second(branch.up),
+            gate=_second(branch.gate),
+            down=branch.down.b if isinstance(branch.down, LowRank) else None,
+            twice=codes and cpu_int4.halves(branch.down.spec.bits) == 2,
+        )
+
+    def __call__(
+        self,
+        up: Float[Tensor, "tokens rows"],
+        gate: Float[Tensor, "tokens rows"] | None,
+        out: Float[Tensor, "tokens columns"] | None = None,
+    ) -> Float[Tensor, "tokens columns"]:
+        """What the merged matrix of all ``down`` is given, from what that of all ``up`` and ``gate`` gives."""
+        if self.up is not None:
+            up = linear(up, self.up)
+        if gate is not None and self.gate is not None:
+            gate = linear(gate, self.gate)
+        if self.down is not None:
+            hidden = activated(self.act, up, gate, self.up_bias, self.gate_bias)
+            return linear(hidden, self.down) if out is None else torch.mm(hidden, self.down.T, out=out)
+        hidden = activated(self.act, up, gate, self.up_bias, self.gate_bias, out)
+        return torch.cat([hidden, hidden], 1) if self.twice else hidden
+
+
+def _second(projection: Projection | None) -> Tensor | None:
+    return projection.a if isinstance(projection, LowRank) else None
+
+
+@dataclass(frozen=True)
 class MergedSum:
     """The products of a sum.
 
     Attributes:
         inner: of its inputs.
+        between: of each branch.
         outer: of its hidden activations.
         most_tokens: for how many these are worth it.
-        decoded: whether packed matrices are in there decoded.
     """
 
     inner: tuple[Product, ...]
+    between: tuple[Between, ...]
     outer: tuple[Product, ...]
     most_tokens: int
-    decoded: bool
 
 
 @torch.no_grad()
@@ -91,9 +149,9 @@ def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) 
     """The merged matrices; None if there is nothing to merge, or something that cannot be."""
     projections = projections_of(branches)
     on_cpu = device.type == "cpu"
-    pays = len(branches) > 1 and (dtype in HALF_PRECISION or not on_cpu)
+    pays = not on_cpu or (len(branches) > 1 and dtype in HALF_PRECISION)
     packed = all(isinstance(projection, Packed) for projection in projections)
-    int8 = on_cpu and len(projections) > 2 and all(_is_few_int8(projection) for projection in projections)
+    int8 = on_cpu and all(_is_few_int8(projection) for projection in projections)
     if not (pays or packed or int8):
         return None
     mergeable = int8 or all(_is_mergeable(projection, dtype, on_cpu) for projection in projections)
@@ -103,11 +161,15 @@ def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) 
         return None
     inner, outer = _placed(branches)
     pieces = [(place, _first(it)) for place, it in inner], [(place, _last(it)) for place, it in outer]
-    copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor))
-    if not on_cpu and copied > decoded_room(device):
+    # A branch alone is run by its own matrices: nothing is copied, and what takes no calls of its modules is quicker.
+    copies = not on_cpu and len(branches) > 1
+    copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor)) if copies else 0
+    if copied > decoded_room(device):
         raise NoRoom
-    inner_products, outer_products = (_products(pieces[dim], dim, on_cpu, count=not on_cpu) for dim in (0, 1))
-    return MergedSum(inner_products, outer_products, most_tokens(branches, device), decoded=False)
+    apart = () if copies else (torch.float32,) if on_cpu else (dtype,)
+    inner_products, outer_products = (_products(pieces[dim], dim, apart, count=copies) for dim in (0, 1))
+    between = tuple(Between.of(branch, decoded=False) for branch in branches)
+    return MergedSum(inner_products, between, outer_products, most_tokens(branches, device))
 
 
 @torch.no_grad()
@@ -115,8 +177,8 @@ def merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch.
     """The matrices of packed (and dense) branches, each decoded into the dtype in which it is multiplied fastest."""
     projections = projections_of(branches)
     known = all(type(it) is Packed or (type(it) is Dense and it.weight.dtype == dtype) for it in projections)
-    several = len(projections) > 2 and any(type(it) is Packed for it in projections)
-    if not known or not several or any(branch.selector is not None for branch in branches):
+    any_packed = any(type(it) is Packed for it in projections)
+    if not known or not any_packed or any(branch.selector is not None for branch in branches):
         return None
     sizes = [projection.spec.shape[0] * projection.spec.shape[1] for projection in projections]
     if max(sizes) < SMALLEST:
@@ -129,10 +191,11 @@ def merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch.
         pieces = [
             (place, it.stored().dense(wanted[it]) if isinstance(it, Packed) else _whole(it)) for place, it in placed
         ]
-        return _products(pieces, dim, device.type == "cpu", count=True)
+        return _products(pieces, dim, (torch.float32,) if device.type == "cpu" else (), count=True)
 
     inner, outer = _placed(branches)
-    return MergedSum(products(inner, 0), products(outer, 1), sys.maxsize, decoded=True)
+    between = tuple(Between.of(branch, decoded=True) for branch in branches)
+    return MergedSum(products(inner, 0), between, products(outer, 1), sys.maxsize)
 
 
 def _placed(branches: Sequence[Branch]) -> tuple[list[tuple[int, Projection]], list[tuple[int, Projection]]]:
@@ -150,21 +213,29 @@ def _product_dtype(projection: Projection, dtype: torch.dtype, device: torch.dev
     return cpu.product_dtype(torch.empty(0, dtype=dtype, device=device), may_round=rounded)
 
 
-def _products(pieces: Sequence[tuple[int, Piece]], dim: int, on_cpu: bool, *, count: bool) -> tuple[Product, ...]:
-    """One product for all float pieces of a dtype, and one for all packed ones that fit below or beside each other."""
+def _products(
+    pieces: Sequence[tuple[int, Piece]], dim: int, apart: tuple[torch.dtype, ...], *, count: bool
+) -> tuple[Product, ...]:
+    """One product for all float pieces of a dtype, and one for all packed ones that fit below or beside each other.
+
+    Args:
+        pieces: by place.
+        dim: 0: below each other; 1: beside.
+        apart: dtypes in which ``up`` and ``gate`` are two matrices: on CPUs a float32 product of both takes longer
+            than two.
+        count: matrices are copies, and counted.
+    """
     kinds: dict[object, list[tuple[int, Piece]]] = {}
     for place, piece in pieces:
-        kinds.setdefault(_kind(piece, place, dim, on_cpu), []).append((place, piece))
+        kinds.setdefault(_kind(piece, place, dim, apart), []).append((place, piece))
     groups = (([piece for _, piece in group], tuple(place for place, _ in group)) for group in kinds.values())
     return tuple(_product(*group, dim, count) for group in groups)
 
 
-def _kind(piece: Piece, place: int, dim: int, on_cpu: bool) -> object:
+def _kind(piece: Piece, place: int, dim: int, apart: tuple[torch.dtype, ...]) -> object:
     """What pieces have in common that can be one matrix."""
     if isinstance(piece, Tensor):
-        # On CPUs a float32 product of all `up` and all `gate` takes longer than the two of them.
-        apart = on_cpu and dim == 0 and piece.dtype == torch.float32
-        return (piece.dtype, place % 2) if apart else piece.dtype
+        return (piece.dtype, place % 2) if dim == 0 and piece.dtype in apart else piece.dtype
     if isinstance(piece, Int4Parts):
         return piece.halves if dim == 0 else 1
     return "int8" if dim == 0 else ("int8", place)  # every `down` has scales, and inputs, of its own
@@ -211,7 +282,9 @@ def _is_mergeable(projection: Projection, dtype: torch.dtype, on_cpu: bool) -> b
 
 
 def _is_few_int8(projection: Projection) -> bool:
-    return isinstance(projection, Int8Dynamic) and cpu_int8.takes_few(1) and cpu_int8.fits(projection.spec.shape)
+    if not isinstance(projection, Int8Dynamic):
+        return False
+    return cpu_int8.most_few(projection.spec.shape) > 0 and cpu_int8.fits(projection.spec.shape)
 
 
 def fits_int4(projection: Packed, dtype: torch.dtype) -> bool:
@@ -227,7 +300,7 @@ def most_tokens(branches: Sequence[Branch], device: torch.device) -> int:
 def _most_tokens(projection: Projection) -> int:
     if isinstance(projection, Packed):
         return cpu_int4.most_tokens(projection.spec.bits)
-    return cpu_int8.FEW if isinstance(projection, Int8Dynamic) else MOST_TOKENS
+    return cpu_int8.most_few(projection.spec.shape) if isinstance(projection, Int8Dynamic) else MOST_TOKENS
 
 
 def projections_of(branches: Sequence[Branch]) -> list[Projection]:

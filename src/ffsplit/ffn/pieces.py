@@ -1,8 +1,8 @@
 """Many tokens through a sum in pieces, on CPUs in float32.
 
 Between its products a sum makes tensors of tokens times neurons, a low-rank branch of all its neurons more of them than
-a pruned FFN. Those of a piece stay in the processor's cache, and in memory that the process already has: large blocks
-are asked of the system anew every time, which clears every page of them.
+a pruned FFN, one of codes those that are rounded besides. Those of a piece stay in the processor's cache, and in memory
+that the process already has: large blocks are asked of the system anew every time, which clears every page of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ffsplit.ffn.projections import Dense, LowRank, Projection
+from ffsplit.ffn.projections import Dense, Int8Dynamic, LowRank, Packed, Projection
 from ffsplit.kernels.dispatch import is_traced, takes_kernels
 
 if TYPE_CHECKING:
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1024
 """Of a piece. Measured on two FFNs (384/1536 and 768/3072): half as many cost more in products than they save."""
+TAKEN = (Dense, LowRank, Packed, Int8Dynamic)
+"""Storages whose products are taken in pieces; others decode at every forward."""
 
 
 def pays_in_pieces(x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], linear: Projection | None) -> bool:
-    """Whether these inputs go through a sum piece by piece: many tokens, plain float32 products, nothing recorded."""
+    """Whether these inputs go through a sum piece by piece: many tokens, float32, nothing recorded."""
     if is_traced():  # before any size is looked at, which would fix it
         return False
-    if x.numel() <= MOST_TOKENS * x.shape[-1] or x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.numel() <= MOST_TOKENS * x.shape[-1] or not x.is_cpu or x.dtype != torch.float32:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not takes_kernels(x, ()):
         return False
     if any(branch.selector is not None for branch in branches):
         return False
     projections = [p for branch in branches for p in (branch.up, branch.gate, branch.down) if p is not None]
-    return all(type(p) in (Dense, LowRank) for p in (*projections, *(() if linear is None else (linear,))))
+    return all(type(p) in TAKEN for p in (*projections, *(() if linear is None else (linear,))))
 
 
 def in_pieces(

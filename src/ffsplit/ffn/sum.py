@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ffsplit.errors import ModelError
+from ffsplit.ffn.activated import activated
 from ffsplit.ffn.fused import FusedBranches
 from ffsplit.ffn.lookup import Lookup
 from ffsplit.ffn.merged import MergedCache, merged_sum
@@ -21,10 +22,7 @@ from ffsplit.ffn.skips import Skip
 from ffsplit.ffn.spec import BranchSpec, SumSpec
 from ffsplit.ffn.thresholded import ThresholdedBranches
 from ffsplit.ffn.weights import FFNWeights, joined_biases
-
-
-def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
-    return out if bias is None else out + bias
+from ffsplit.kernels.activations import biased
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -74,18 +72,17 @@ class Branch(nn.Module):
         """Activations of this branch's neurons, the input of its ``down``."""
         if self.selector is None:
             return self.hidden_of(self.up(x), None if self.gate is None else self.gate(x))
-        up = _biased(self.up(self.selector.inputs(x, "up")), self.up_bias)
+        up = biased(self.up(self.selector.inputs(x, "up")), self.up_bias)
         if self.gate is None:
             return self._selected(self.act(up), x)
-        gate = _biased(self.gate(self.selector.inputs(x, "gate")), self.gate_bias)
+        gate = biased(self.gate(self.selector.inputs(x, "gate")), self.gate_bias)
         return self._selected(self.act(gate), x, up)
 
     def hidden_of(
         self, up: Float[Tensor, "*tokens neurons"], gate: Float[Tensor, "*tokens neurons"] | None
     ) -> Float[Tensor, "*tokens neurons"]:
         """Activations from the outputs of ``up`` and ``gate``; only without a selector."""
-        up = _biased(up, self.up_bias)
-        return self.act(up) if gate is None else self.act(_biased(gate, self.gate_bias)) * up  # type: ignore[no-any-return]
+        return activated(self.act, up, gate, self.up_bias, self.gate_bias)
 
     def _selected(
         self, a: Float[Tensor, "*tokens neurons"], x: Float[Tensor, "*tokens d_model"], up: Tensor | None = None
@@ -151,7 +148,13 @@ class SumFFN(nn.Module):
         )
 
     def _branches(self) -> list[Branch]:
-        return [branch for branch in self.branches if isinstance(branch, Branch)]
+        return [branch for branch in self._stored().values() if isinstance(branch, Branch)]
+
+    def _stored(self) -> dict[str, nn.Module | None]:
+        """The branches, or what has taken the place of one; an attribute that is a module takes longer to look up."""
+        branches = self._modules["branches"]
+        assert branches is not None
+        return branches._modules
 
     @classmethod
     def empty(cls, spec: SumSpec, act: nn.Module, dtype: torch.dtype, device: torch.device | str) -> SumFFN:
@@ -188,10 +191,11 @@ class SumFFN(nn.Module):
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"], branches: list[Branch]) -> Float[Tensor, "*tokens d_model"]:
         fused = total = None
-        if len(branches) == len(self.branches):  # what has taken a branch's place is known to none of these
-            fused = self._fused(x, branches, self.bias)
+        bias = self._parameters["bias"]
+        if len(branches) == len(self._stored()):  # what has taken a branch's place is known to none of these
+            fused = self._fused(x, branches, bias)
             if fused is None:
-                fused = self._thresholded(x, branches, self.bias)
+                fused = self._thresholded(x, branches, bias)
             total = merged_sum(x, branches, self.merged) if fused is None else fused
         for branch in self.branches if total is None else ():
             out = branch(x)
@@ -202,7 +206,7 @@ class SumFFN(nn.Module):
                 total = out if total is None else total + out
         if total is None:
             total = torch.zeros_like(x)
-        return total if fused is not None or self.bias is None else total + self.bias
+        return total if fused is not None or bias is None else total + bias
 
     @torch.no_grad()
     def to_weights(self, dtype: torch.dtype | None = None) -> FFNWeights:

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ffsplit.ffn.fused import activation_name
-from ffsplit.ffn.places import Held, Place, held_at, tensors_at
+from ffsplit.ffn.activated import activation_name
+from ffsplit.ffn.places import Held, Place, tensors_at
 from ffsplit.ffn.projections import Dense
 from ffsplit.ffn.selectors import Threshold
 from ffsplit.ffn.watched import WatchedBranches
 from ffsplit.kernels import cpu_threshold
+from ffsplit.kernels.activations import biased
 from ffsplit.kernels.cache import counted_transpose
 from ffsplit.kernels.dispatch import FLOATS, as_autocast, belong, is_differentiated, takes_kernels
 from ffsplit.kernels.low_bit import ALIGNMENT
@@ -54,7 +55,7 @@ class _Known:
         on_gpu: whether the GPU's kernels know them.
     """
 
-    modules: tuple[Held, ...]
+    modules: Held
     tensors: tuple[Place | None, ...]
     shape: ThresholdShape | None
     on_gpu: bool
@@ -64,7 +65,7 @@ class _Known:
         names = ("act", "selector", *PROJECTIONS)
         shape = threshold_shape(branches)
         return cls(
-            held_at([(branch._modules, name) for branch in branches for name in names]),
+            Held.at([(branch._modules, name) for branch in branches for name in names]),
             () if shape is None else tuple(_places(branches)),
             shape,
             shape is not None and shape.is_supported,
@@ -174,20 +175,16 @@ def _one_token(x: Float[Tensor, "1 d_model"], branch: Branch, down: Float[Tensor
     assert isinstance(branch.up, Dense)
     compared = branch.up if branch.gate is None else branch.gate
     compared_bias = branch.up_bias if branch.gate is None else branch.gate_bias
-    activated = branch.selector.activations(branch.act(_biased(compared(x), compared_bias)), x, branch.act)
+    activated = branch.selector.activations(branch.act(biased(compared(x), compared_bias)), x, branch.act)
     working = activated[0].nonzero().squeeze(1)
     if not cpu_threshold.pays(len(working), activated.shape[1]):
-        hidden = activated if branch.gate is None else activated * _biased(branch.up(x), branch.up_bias)
+        hidden = activated if branch.gate is None else activated * biased(branch.up(x), branch.up_bias)
         return branch.down(hidden)  # type: ignore[no-any-return]
     hidden = activated[0, working]
     if branch.gate is not None:
         bias = None if branch.up_bias is None else branch.up_bias[working]
-        hidden = hidden * _biased(cpu_threshold.rows_times_token(x, branch.up.weight, working), bias)
+        hidden = hidden * biased(cpu_threshold.rows_times_token(x, branch.up.weight, working), bias)
     return cpu_threshold.weighted_rows(down, working, hidden)
-
-
-def _biased(product: Tensor, bias: Tensor | None) -> Tensor:
-    return product if bias is None else product + bias
 
 
 def _traced(x: Tensor, branches: Sequence[Branch], bias: Tensor | None) -> Tensor | None:

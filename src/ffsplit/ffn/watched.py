@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_check
 
 from torch import Tensor
 
-from ffsplit.ffn.places import Held, is_unchanged
+from ffsplit.ffn.places import Held
 from ffsplit.kernels.cache import DerivedCache
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Known(Protocol):
     """
 
     @property
-    def modules(self) -> tuple[Held, ...]: ...
+    def modules(self) -> Held: ...
 
 
 K = TypeVar("K", bound=Known)
@@ -55,7 +55,7 @@ class WatchedBranches(ABC, Generic[K, L]):
 
     def _found(self, branches: Sequence[Branch]) -> K:
         known = self._known
-        if known is None or tuple(branches) != self._branches or not is_unchanged(known.modules):
+        if known is None or tuple(branches) != self._branches or not known.modules.is_unchanged():
             self.drop()
             self._branches, self._known = tuple(branches), (known := self._look(branches))
         return known

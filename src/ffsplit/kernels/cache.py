@@ -7,20 +7,22 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from operator import attrgetter, is_
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
-State = tuple[tuple[int, int], ...]
+State = tuple[tuple[int, ...], tuple[int, ...]]
+_version_of = attrgetter("_version")
 SHARE_OF_MEMORY = 0.25
 """Of a device's memory, which decoded matrices may fill unless :func:`set_decoded_limit` was told otherwise."""
 
 
 def state_of(tensors: Sequence[Tensor]) -> State:
     """What tells that one was changed: the version, and the address, which assigning to ``.data`` changes alone."""
-    return tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
+    return tuple(map(_version_of, tensors)), tuple(map(Tensor.data_ptr, tensors))
 
 
 class DerivedCache:
@@ -36,7 +38,7 @@ class DerivedCache:
     def drop(self) -> None:
         """Forget everything; what is asked for next is made anew."""
         self._sources: tuple[Tensor, ...] = ()
-        self._state: State = ()
+        self._state: State = ((), ())
         self._made: dict[Hashable, Any] = {}
 
     def forget(self, key: Hashable) -> None:
@@ -74,7 +76,7 @@ class DerivedCache:
         """Forget what was made from other tensors than these, or from these before they were changed."""
         present = tuple(source for source in sources if source is not None)
         state = state_of(present)
-        same = len(present) == len(self._sources) and all(a is b for a, b in zip(present, self._sources, strict=True))
+        same = len(present) == len(self._sources) and all(map(is_, present, self._sources))
         if not same or state != self._state:
             self.drop()
             self._sources, self._state = present, state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ MOST_COLUMNS = 65_000
 MIDDLE = 128
 LARGEST = 127
 SMALLEST = LARGEST * torch.finfo(torch.float32).tiny
-FEW = 24
+FEW = 24 if cpu.TILES else 32
 """Tokens up to which fbgemm's kernel is the faster one."""
+SMALL, FEW_OF_SMALL = 2**22, 24 if cpu.TILES else 128
+"""The same for matrices of fewer weights than the first of these: oneDNN takes more calls, which show there."""
 
 
 def _is_available() -> bool:
@@ -43,6 +45,16 @@ FEW_AVAILABLE = (
     and hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
 )
 """Whether torch has fbgemm's kernel: it packs tensors of a kind that a later torch will not have."""
+
+
+def _few_kernel() -> Callable[..., Tensor]:
+    """The operator without what torch's wrapper around it does first: look through the packed object, in Python."""
+    operator = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    return getattr(operator, "_op", operator)
+
+
+if FEW_AVAILABLE:
+    _multiply = _few_kernel()
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,11 @@ def fits(shape: tuple[int, int]) -> bool:
     return AVAILABLE and shape[0] > 0 and 0 < shape[1] <= MOST_COLUMNS
 
 
-def takes_few(tokens: int) -> bool:
-    """Whether so many tokens go to fbgemm's kernel, and torch would pack weights for it now."""
-    return FEW_AVAILABLE and tokens <= FEW and torch.backends.quantized.engine in ("x86", "fbgemm")
+def most_few(shape: tuple[int, int]) -> int:
+    """Up to how many tokens fbgemm's kernel is the faster one for a matrix; 0 where torch would not pack one for it."""
+    if not FEW_AVAILABLE or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return 0
+    return FEW_OF_SMALL if shape[0] * shape[1] < SMALL else FEW
 
 
 def int8_matrix(codes: Int8[Tensor, "out columns"], scale: Float[Tensor, " out"]) -> Int8Matrix:
@@ -131,14 +145,14 @@ def product(a: UInt8[Tensor, "rows columns"], b: Int8Matrix) -> Float[Tensor, "r
 
 def few_product(x: Float[Tensor, "tokens columns"], b: FewInt8Matrix) -> Float[Tensor, "tokens out"]:
     """``x b^T`` in float32, every token rounded as :func:`round_rows` does, but for ties."""
-    wide, multiply = x.float(), torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    if len(wide) == 1:  # one token's scale is one number, which the kernel takes
-        low, high = torch.aminmax(wide)
-        largest = max(-float(low), float(high))
+    wide = x.float()
+    if wide.shape[0] == 1:  # one token's scale is one number, which the kernel takes
+        largest = wide.abs().amax().item()
         if math.isfinite(largest):
-            found: Tensor = multiply(wide, max(largest, SMALLEST) / LARGEST, MIDDLE, b.packed)
+            found: Tensor = _multiply(wide, max(largest, SMALLEST) / LARGEST, MIDDLE, b.packed)
             return found
-    # For so few the copy that abs makes costs less than the two calls more of `round_rows`.
-    scale = wide.abs().amax(1, keepdim=True).clamp_min_(SMALLEST).div_(LARGEST)
-    found = multiply(wide.div(scale), 1.0, MIDDLE, b.packed)
-    return found.mul_(scale)
+    # Every call counts here: rows are brought to at most 1, which is 127 steps of the kernel. Of a row of zeros nothing
+    # that it makes of 0 / 0 is left, since its codes are some integers.
+    largest_of_row = wide.abs().amax(1, keepdim=True)
+    found = _multiply(wide.div(largest_of_row), 1 / LARGEST, MIDDLE, b.packed)
+    return found.mul_(largest_of_row)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import linear
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda v: v,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
-    "relu": functional.relu,
-    "relu_squared": lambda v: functional.relu(v).square(),
-}
-"""What kernels over whole FFNs can compute; their sources count them in this order."""
+from ffsplit.kernels.activations import ACTIVATIONS, activate, biased
 
 
 @dataclass(frozen=True)
@@ -29,7 +21,7 @@ class DenseFFN:
         down: ``[d_model, d_ff]``.
         up_bias: ``[d_ff]``; likewise ``gate_bias``.
         bias: ``[d_model]``, of the output.
-        act: one of :data:`ACTIVATIONS`.
+        act: one of :data:`ffsplit.kernels.activations.ACTIVATIONS`.
     """
 
     inner: Tensor
@@ -50,12 +42,18 @@ class DenseFFN:
     def __call__(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         """The outputs.
 
-        Gate and up are products of their own although they lie in one matrix: the halves of one product are strided,
-        and what the activation loses on them is more than a launch costs.
+        Gate and up are one product where a kernel goes on with its halves, which it does not mind to be strided. Else
+        they are two: torch's activation loses more on strided halves than a launch costs.
         """
-        up = functional.linear(x, self.inner[: self.d_ff], self.up_bias)
         act = ACTIVATIONS[self.act]
+        if self.gated and x.is_cuda:
+            up, gate = torch.split(linear(x, self.inner), self.d_ff, -1)
+            hidden = activate(self.act, up, gate, self.up_bias, self.gate_bias)
+            if hidden is None:
+                hidden = act(biased(gate, self.gate_bias)) * biased(up, self.up_bias)
+            return linear(hidden, self.down, self.bias)
+        up = linear(x, self.inner[: self.d_ff], self.up_bias)
         if not self.gated:
-            return functional.linear(act(up), self.down, self.bias)
-        gate = functional.linear(x, self.inner[self.d_ff :], self.gate_bias)
-        return functional.linear(act(gate).mul_(up), self.down, self.bias)
+            return linear(act(up), self.down, self.bias)
+        gate = linear(x, self.inner[self.d_ff :], self.gate_bias)
+        return linear(act(gate).mul_(up), self.down, self.bias)

@@ -1,7 +1,8 @@
 """The whole FFN in float8 for many tokens on NVIDIA GPUs; opt-in, since it rounds activations.
 
 The decoded weights, gate and up stacked, are kept as float8 with a scale a row (one byte a weight, beside the stored
-codes); inputs and hidden activations are rounded per token, the latter in the pass that computes them.
+codes); inputs and hidden activations are rounded per token, the latter in the pass that computes them. Products are of
+codes alone, which is faster than with a scale for every row and column; these are applied in the passes behind them.
 
 Reference: FP8 Formats for Deep Learning, arXiv 2209.05433.
 """
@@ -16,12 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ffsplit.kernels import nvrtc
+from ffsplit.kernels.activations import NAMES
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.float8 import ALIGNMENT, FLOAT8, FLOAT8_CORES, round_rows
-from ffsplit.kernels.low_bit import NAMES
 
 Prefill = Literal["exact", "float8"]
-THREADS = 512
+THREADS, STEP = 512, 2048
+"""Of a block that rounds a row, and columns that it deals with at a time."""
+MOST_COLUMNS = 24 * STEP
+"""Of a row, which a block has in its registers."""
+VALUE_THREADS, VALUE_COLUMNS = 256, 1024
+"""Of a block that makes values of sums, and its columns."""
 
 
 class _Mode:
@@ -48,11 +54,19 @@ def set_prefill(how: Prefill) -> None:
 
 @dataclass(frozen=True)
 class Float8FFN:
-    """A dense FFN whose weights are float8 with a scale a row, float32: ``[1, rows]`` and ``[1, d_model]``."""
+    """A dense FFN whose weights are float8 with a scale a row, float32.
+
+    Attributes:
+        ffn: codes in the places of weights.
+        inner_scale: ``[rows]``.
+        down_scale: ``[d_model]``.
+        one: the scale that torch's product of codes is given.
+    """
 
     ffn: DenseFFN
     inner_scale: Tensor
     down_scale: Tensor
+    one: Tensor
 
 
 def float8_ffn(ffn: DenseFFN) -> Float8FFN:
@@ -60,7 +74,7 @@ def float8_ffn(ffn: DenseFFN) -> Float8FFN:
     inner, inner_scale = round_rows(ffn.inner)
     down, down_scale = round_rows(ffn.down)
     rounded = replace(ffn, inner=inner.view(FLOAT8), down=down.view(FLOAT8))
-    return Float8FFN(rounded, inner_scale.T.contiguous(), down_scale.T.contiguous())
+    return Float8FFN(rounded, inner_scale.flatten(), down_scale.flatten(), inner_scale.new_ones(1))
 
 
 def wants_float8(x: Float[Tensor, "*tokens d_model"], d_ff: int) -> bool:
@@ -69,41 +83,76 @@ def wants_float8(x: Float[Tensor, "*tokens d_model"], d_ff: int) -> bool:
         return False
     device = x.device.index or 0
     aligned = d_ff % ALIGNMENT == 0 and x.shape[-1] % ALIGNMENT == 0
-    return aligned and nvrtc.is_supported(device) and torch.cuda.get_device_capability(device) >= FLOAT8_CORES
+    fits = max(d_ff, x.shape[-1]) <= MOST_COLUMNS
+    return aligned and fits and nvrtc.is_supported(device) and torch.cuda.get_device_capability(device) >= FLOAT8_CORES
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Float8 rows and their scales, ``[tokens, columns]`` and ``[tokens]``."""
+
+    codes: Tensor
+    scale: Tensor
 
 
 def run_float8(x: Float[Tensor, "*tokens d_model"], made: Float8FFN) -> Tensor | None:
     """The outputs, or None where the kernels cannot be compiled."""
     ffn = made.ffn
-    rounded = _rounded(x.reshape(-1, x.shape[-1]).contiguous(), x.shape[-1], "identity", False, None, None)
-    if rounded is None:
+    inputs = rounded(x.reshape(-1, x.shape[-1]).contiguous(), x.shape[-1])
+    if inputs is None:
         return None
-    hidden = _product(rounded, ffn.inner, made.inner_scale)
-    activated = _rounded(hidden, ffn.d_ff, ffn.act, ffn.gated, ffn.up_bias, ffn.gate_bias)
-    if activated is None:
+    sums = _product(inputs, ffn.inner, made.one)
+    hidden = rounded(sums, ffn.d_ff, ffn, inputs.scale, made.inner_scale)
+    if hidden is None:
         return None
-    out = _product(activated, ffn.down, made.down_scale)
-    return (out if ffn.bias is None else out + ffn.bias).view(x.shape)
+    out = _product(hidden, ffn.down, made.one)
+    kernel = nvrtc.launcher("float8_rows", "float8_values", (x.dtype == torch.float16,), x.device.index or 0)
+    if kernel is None:
+        return None
+    grid = out.shape[0], -(-out.shape[1] // VALUE_COLUMNS)
+    kernel(grid, VALUE_THREADS, _addresses(out, hidden.scale, made.down_scale, ffn.bias), [out.shape[1]])
+    return out.view(x.shape)
 
 
-def _product(rows: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor) -> Tensor:
-    """``x W^T`` in bfloat16 of float8 rows and their scales."""
+def _product(rows: Rows, weight: Tensor, one: Tensor) -> Tensor:
+    """Sums of products of codes, in bfloat16, whose exponents have room for them."""
     found: Tensor = torch._scaled_mm(
-        rows[0], weight.T, scale_a=rows[1], scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        rows.codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
     )
     return found
 
 
-def _rounded(
-    x: Tensor, columns: int, act: str, gated: bool, up_bias: Tensor | None, gate_bias: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Rows, activated and rounded, and their scales."""
-    arguments = NAMES.index(act), gated, x.dtype == torch.float16
+def rounded(
+    x: Tensor,
+    columns: int,
+    ffn: DenseFFN | None = None,
+    scale: Tensor | None = None,
+    columns_scale: Tensor | None = None,
+) -> Rows | None:
+    """Rows as float8; None where the kernel cannot be compiled.
+
+    Args:
+        x: ``[tokens, columns]``; of a gated FFN that of ``up``, then that of ``gate``.
+        columns: of the result.
+        ffn: whose activation and biases come first; None takes rows as they are.
+        scale: of each row, where these are sums of products of codes.
+        columns_scale: of each of their columns.
+    """
+    act, gated = ("identity", False) if ffn is None else (ffn.act, ffn.gated)
+    steps = -(-columns // STEP)
+    arguments = NAMES.index(act), gated, x.dtype == torch.float16, scale is not None, steps
     kernel = nvrtc.launcher("float8_rows", "float8_rows", arguments, x.device.index or 0)
     if kernel is None:
         return None
-    out = torch.empty(x.shape[0], columns, dtype=FLOAT8, device=x.device)
-    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    biases = [0 if bias is None else bias.data_ptr() for bias in (up_bias, gate_bias)]
-    kernel((x.shape[0], 1), THREADS, [x.data_ptr(), out.data_ptr(), scale.data_ptr(), *biases], [columns])
-    return out, scale
+    found = Rows(
+        torch.empty(x.shape[0], columns, dtype=FLOAT8, device=x.device),
+        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
+    )
+    biases = (None, None) if ffn is None else (ffn.up_bias, ffn.gate_bias)
+    kernel((x.shape[0], 1), THREADS, _addresses(x, scale, columns_scale, found.codes, found.scale, *biases), [columns])
+    return found
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    """Where they start; 0 for what is not there."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

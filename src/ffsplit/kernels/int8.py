@@ -103,7 +103,7 @@ def _on_cpu(
 ) -> Float[Tensor, "tokens out"]:
     """In float32, by the kernel that is the faster one for so many tokens."""
     sources, scale = (codes, scale_bits), scale_bits.view(torch.float16)
-    if cpu_int8.takes_few(len(x)):
+    if x.shape[0] <= cpu_int8.most_few((codes.shape[0], codes.shape[1])):
         few = cache.get(FEW_KEY, sources, lambda: cpu_int8.few_int8_matrix([cpu_int8.Int8Parts(codes, scale)]))
         return cpu_int8.few_product(x, few)
     made = cache.get("cpu_int8", sources, lambda: cpu_int8.int8_matrix(codes, scale))

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ffsplit.kernels import nvrtc
-from ffsplit.kernels.dense_ffn import ACTIVATIONS, DenseFFN
+from ffsplit.kernels.activations import ACTIVATIONS, NAMES
+from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.packed import PackedTensors
 
 MOST_TOKENS = 32
@@ -36,8 +37,6 @@ LARGEST = 2**32
 """Bytes of a matrix that the sources can count."""
 WARPS = 4
 """Of a block that puts tokens in order, each of them a group of a tile."""
-NAMES = tuple(ACTIVATIONS)
-"""Of activations, in the order in which the sources count them."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class LowBitShape:
         bits: of each branch.
         group: consecutive columns that share a scale, in all packed matrices.
         gated: whether there is a gate.
-        act: one of :data:`ffsplit.kernels.dense_ffn.ACTIVATIONS`.
+        act: one of :data:`ffsplit.kernels.activations.ACTIVATIONS`.
     """
 
     d_model: int
@@ -158,7 +157,7 @@ class Layout:
     def of(cls, tokens: int, shape: LowBitShape, room: int) -> Layout:
         """The layout for so many tokens on a device whose blocks have at most ``room`` bytes of shared memory."""
         tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
-        return cls(tiles, _inner(tiles, shape).within(room), _outer(tiles, shape.d_model).within(room))
+        return cls(tiles, _inner(tiles, shape).within(room), _outer(tiles, shape).within(room))
 
     def blocks(self, tokens: int) -> int:
         """Of all tiles of tokens, each of them read whole."""
@@ -181,13 +180,14 @@ def _inner(tiles: int, shape: LowBitShape) -> Block:
     return Block(4 if many else 8, 1, tall, 8192, 20)
 
 
-def _outer(tiles: int, d_model: int) -> Block:
+def _outer(tiles: int, shape: LowBitShape) -> Block:
     """Many rows are for blocks that share tokens among them; few go to as many blocks as there can be."""
+    d_model, one = shape.d_model, len(shape.neurons) == 1
     if d_model < 2 * ENOUGH * TILE:
         return Block(8, 1, 1, 20480) if tiles == 4 else Block(16, 1, 1, 12288)
     if d_model < 4 * ENOUGH * TILE:
         return Block(12, 1, 2, 16384, 12) if tiles == 2 else Block(16, 2, 1, 8192 if tiles == 1 else 12288)
-    return Block(16, 2, 2, 12288) if tiles == 1 else Block(12, 2, 2, 12288, 12)
+    return Block(16, 2, 2, 12288) if tiles == 1 else Block(12, 2, 2, 12288 if one or tiles == 4 else 16384, 12)
 
 
 class LowBitFFN:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 from functools import cache
 from importlib.resources import files
 from threading import Lock
@@ -79,7 +80,8 @@ class Launcher:
         self._shared = shared
         self._lock = Lock()
         self._driver = torch.cuda._utils._get_gpu_runtime_library()
-        self._cache: tuple[int, int] = (-1, -1)
+        self._counts: tuple[int, int] = (-1, -1)
+        self._config = _Config((1, 1, 1), (1, 1, 1), shared, None, _EARLY, len(_EARLY))
         if shared > SHARED_UNASKED:
             failed = self._driver.cuFuncSetAttribute(compiled.func, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
             if failed:
@@ -113,14 +115,14 @@ class Launcher:
 
     def _run(self, grid: tuple[int, int], block: int, pointers: list[int], integers: list[int], early: bool) -> int:
         """Launch it, and give the driver's error code."""
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = _current_stream(self._device)
         with self._lock:  # threads share the places of the arguments
-            if self._cache != (len(pointers), len(integers)):
+            if self._counts != (len(pointers), len(integers)):
                 self._lay_out(len(pointers), len(integers))
-            self._pointers[:] = [*pointers]
-            self._integers[:] = [*integers]
+            self._format.pack_into(self._values, 0, *pointers, *integers)
             if early and launches_early(self._device):
-                config = _Config((*grid, 1), (block, 1, 1), self._shared, stream, _EARLY, len(_EARLY))
+                config = self._config
+                config.grid[:2], config.block[0], config.stream = grid, block, stream
                 failed = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._kernel.func, self._arguments, None)
             else:
                 size = (*grid, 1, block, 1, 1, self._shared, ctypes.c_void_p(stream))
@@ -129,12 +131,19 @@ class Launcher:
 
     def _lay_out(self, pointers: int, integers: int) -> None:
         """Places for the arguments and their addresses, made once: the driver copies the values at every launch."""
-        self._pointers = (ctypes.c_uint64 * pointers)()
-        self._integers = (ctypes.c_int32 * integers)()
-        first, second = ctypes.addressof(self._pointers), ctypes.addressof(self._integers)
+        self._format = struct.Struct(f"@{pointers}Q{integers}i")
+        self._values = ctypes.create_string_buffer(self._format.size)
+        first = ctypes.addressof(self._values)
+        second = first + 8 * pointers
         addresses = [first + 8 * at for at in range(pointers)] + [second + 4 * at for at in range(integers)]
         self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._cache = (pointers, integers)
+        self._counts = (pointers, integers)
+
+
+def _current_stream(device: int) -> int:
+    """The handle of a device's current stream, in one call where this torch has it."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return int(torch.cuda.current_stream().cuda_stream if raw is None else raw(device))
 
 
 def bind(device: int) -> None:

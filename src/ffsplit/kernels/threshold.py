@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ffsplit.kernels import nvrtc
-from ffsplit.kernels.dense_ffn import ACTIVATIONS
-from ffsplit.kernels.low_bit import ALIGNMENT, NAMES, aligned
+from ffsplit.kernels.activations import ACTIVATIONS, NAMES
+from ffsplit.kernels.low_bit import ALIGNMENT, aligned
 
 MOST_TOKENS = 2
 """Tokens differ in the neurons that they need: at 4, too few are left out by all for these kernels to pay."""
@@ -44,7 +44,7 @@ class ThresholdShape:
         rest: neurons under thresholds, at least one.
         gated: whether there is a gate.
         shared: one threshold serves all neurons.
-        act: one of :data:`ffsplit.kernels.dense_ffn.ACTIVATIONS`.
+        act: one of :data:`ffsplit.kernels.activations.ACTIVATIONS`.
     """
 
     d_model: int

@@ -1,40 +1,70 @@
-// Rows rounded to float8 (e4m3) with a scale each, at which the largest value of the row becomes 448; optionally of
-// act(gate) * up, so that the hidden activations of an FFN are never written in half precision.
+// Float8 (e4m3) rows with a scale each, at which the largest value of the row becomes 448: of inputs, or of act(gate) * up, so that
+// the hidden activations of an FFN are never written in half precision. And what is behind a product of such codes: their scales.
 //
-// One block a row, which it reads twice: the second time from the cache.
+// A product's inputs are codes, its outputs sums of their products in halves: `given` [rows] and `columns_scale` [columns, of up and
+// then gate] make values of them.
 
-// Four values of the row from column; inputs of a gated FFN are [up | gate], each of `columns`.
-template <int ACT, bool GATED, bool HALF>
-__device__ __forceinline__ void four(float (&v)[4], const u16* row, const u16* up_bias, const u16* gate_bias, int column, int columns) {
-    const uint2 up = *(const uint2*)(row + column);
-    const u32 words[2] = {up.x, up.y};
-    uint2 gate = make_uint2(0, 0);
-    if constexpr (GATED) gate = *(const uint2*)(row + columns + column);
-    const u32 gates[2] = {gate.x, gate.y};
+// Four values of halves.
+template <bool HALF> __device__ __forceinline__ void four(float (&v)[4], uint2 found) {
+    v[0] = value_of<HALF>(found.x & 0xFFFF);
+    v[1] = value_of<HALF>(found.x >> 16);
+    v[2] = value_of<HALF>(found.y & 0xFFFF);
+    v[3] = value_of<HALF>(found.y >> 16);
+}
+
+// Sums to values, if they are sums, and a bias.
+template <bool HALF, bool SUMS> __device__ __forceinline__ void valued(float (&v)[4], float of_row, const float* of_column, const u16* bias) {
+    if (SUMS) {
+        const float4 scale = *(const float4*)of_column;
+        v[0] *= of_row * scale.x;
+        v[1] *= of_row * scale.y;
+        v[2] *= of_row * scale.z;
+        v[3] *= of_row * scale.w;
+    }
+    if (bias) {
+        float more[4];
+        four<HALF>(more, *(const uint2*)bias);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float u = value_of<HALF>(words[i / 2] >> (16 * (i & 1)) & 0xFFFF);
-        if (up_bias) u += value_of<HALF>(up_bias[column + i]);
-        if constexpr (GATED) {
-            float g = value_of<HALF>(gates[i / 2] >> (16 * (i & 1)) & 0xFFFF);
-            if (gate_bias) g += value_of<HALF>(gate_bias[column + i]);
-            v[i] = activated<ACT>(g) * u;
-        } else {
-            v[i] = activated<ACT>(u);
-        }
+        for (int i = 0; i < 4; ++i) v[i] += more[i];
     }
 }
 
-// out [rows, columns] float8 and scale [rows] of x [rows, columns], or [rows, 2 columns] if gated; columns % 4 == 0.
-template <int ACT, bool GATED, bool HALF>
-__global__ void __launch_bounds__(512) float8_rows(const u16* x, u8* out, float* scale, const u16* up_bias, const u16* gate_bias, int columns) {
+// out [rows, columns] float8 and scale [rows] of x [rows, columns], or [rows, 2 columns] if gated; columns % 4 == 0. One block a row,
+// STEPS times 2048 columns at least: all of the row is in registers, and asked for before any of it is used.
+template <int ACT, bool GATED, bool HALF, bool SUMS, int STEPS>
+__global__ void __launch_bounds__(512) float8_rows(
+    const u16* x, const float* given, const float* column_scale, u8* out, float* scale, const u16* up_bias, const u16* gate_bias, int columns
+) {
     __shared__ float largest[16];
     const u16* row = x + (long)blockIdx.x * columns * (GATED ? 2 : 1);
-    float most = 0.f, v[4];
-    for (int column = threadIdx.x * 4; column < columns; column += 2048) {
-        four<ACT, GATED, HALF>(v, row, up_bias, gate_bias, column, columns);
+    const float of_row = SUMS ? given[blockIdx.x] : 1.f;
+    uint2 ups[STEPS], gates[STEPS];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(v[i]));
+    for (int step = 0; step < STEPS; ++step) {
+        const int column = threadIdx.x * 4 + step * 2048;
+        ups[step] = gates[step] = make_uint2(0, 0);
+        if (column < columns) ups[step] = *(const uint2*)(row + column);
+        if (GATED && column < columns) gates[step] = *(const uint2*)(row + columns + column);
+    }
+    float v[STEPS][4], most = 0.f;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int column = threadIdx.x * 4 + step * 2048;
+        four<HALF>(v[step], ups[step]);
+        if (column >= columns) continue;
+        valued<HALF, SUMS>(v[step], of_row, column_scale + column, up_bias ? up_bias + column : nullptr);
+        if constexpr (GATED) {
+            float g[4];
+            four<HALF>(g, gates[step]);
+            valued<HALF, SUMS>(g, of_row, column_scale + columns + column, gate_bias ? gate_bias + column : nullptr);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[step][i] *= activated<ACT>(g[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[step][i] = activated<ACT>(v[step][i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(v[step][i]));
     }
 #pragma unroll
     for (int apart = 16; apart; apart >>= 1) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, apart));
@@ -43,13 +73,27 @@ __global__ void __launch_bounds__(512) float8_rows(const u16* x, u8* out, float*
 #pragma unroll
     for (int w = 0; w < 16; ++w) most = fmaxf(most, largest[w]);
     // No smaller than the smallest normal number: the inverse of what is below has no float32.
-    const float step = most == 0.f ? 1.f : fmaxf(most / 448.f, 1.17549435e-38f), inverse = 1.f / step;
-    if (threadIdx.x == 0) scale[blockIdx.x] = step;
-    for (int column = threadIdx.x * 4; column < columns; column += 2048) {
-        four<ACT, GATED, HALF>(v, row, up_bias, gate_bias, column, columns);
+    const float one = most == 0.f ? 1.f : fmaxf(most / 448.f, 1.17549435e-38f), inverse = 1.f / one;
+    if (threadIdx.x == 0) scale[blockIdx.x] = one;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int column = threadIdx.x * 4 + step * 2048;
+        if (column >= columns) continue;
         u16 low, high;
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(v[1] * inverse), "f"(v[0] * inverse));
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(v[3] * inverse), "f"(v[2] * inverse));
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(v[step][1] * inverse), "f"(v[step][0] * inverse));
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(v[step][3] * inverse), "f"(v[step][2] * inverse));
         *(u32*)(out + (long)blockIdx.x * columns + column) = low | (u32)high << 16;
     }
+}
+
+// Sums to values in their place, with a bias; grid (rows, blocks of 1024 columns), columns % 4 == 0.
+template <bool HALF>
+__global__ void __launch_bounds__(256) float8_values(u16* sums, const float* given, const float* column_scale, const u16* bias, int columns) {
+    const int column = (blockIdx.y * 256 + threadIdx.x) * 4;
+    if (column >= columns) return;
+    u16* place = sums + (long)blockIdx.x * columns + column;
+    float v[4];
+    four<HALF>(v, *(const uint2*)place);
+    valued<HALF, true>(v, given[blockIdx.x], column_scale + column, bias ? bias + column : nullptr);
+    *(uint2*)place = make_uint2(bits_of<HALF>(v[0]) | (u32)bits_of<HALF>(v[1]) << 16, bits_of<HALF>(v[2]) | (u32)bits_of<HALF>(v[3]) << 16);
 }
