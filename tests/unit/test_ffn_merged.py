@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from ffsplit.bench.memory import resident_bytes
 from ffsplit.ffn import merged, merging
@@ -23,7 +24,7 @@ ROUNDED = 2e-2
 """Of the output's norm: an FFN of bfloat16 products."""
 
 
-needs_few_int8 = pytest.mark.skipif(not cpu_int8.most_few((1, 1)), reason="torch has no fbgemm kernel on this CPU")
+needs_few_int8 = pytest.mark.skipif(not cpu_int8.takes_few(1), reason="torch has no fbgemm kernel on this CPU")
 
 
 def matrix(rows: int, columns: int) -> Tensor:
@@ -403,3 +404,88 @@ def test_hooks_inside_are_seen() -> None:
             assert merged._have_hooks(module._branches())
             handle.remove()
     assert not merged._have_hooks(module._branches())
+
+
+@torch.no_grad()
+def test_a_bias_that_is_no_parameter_any_more_is_added() -> None:
+    x = torch.randn(3, D_MODEL)
+    for make in (
+        lambda module: prune.identity(module, "bias"),
+        lambda module: parametrize.register_parametrization(module, "bias", nn.Identity()),
+    ):
+        module = ffn("dense")
+        wanted = exact(module, x)
+        make(module)
+        assert error(module(x), wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_biases_of_neurons_that_are_no_parameters_are_read_at_every_forward() -> None:
+    module, x = ffn("dense", "dense").bfloat16(), torch.randn(2, D_MODEL).bfloat16()
+    branch = module._branches()[0]
+    bias = branch.up_bias.detach()
+    del branch.up_bias
+    branch.up_bias = bias  # type: ignore[assignment]
+    first = module(x)
+    branch.up_bias = bias + 1  # type: ignore[assignment]
+    assert error(module(x), first.double()) > 0.1
+    assert module.merged.is_empty
+
+
+@needs_int4
+@torch.no_grad()
+def test_codes_are_merged_where_no_decoded_matrix_may_be_kept() -> None:
+    kept, x = ffn("4", "4", wide=5), torch.randn(60, D_MODEL)
+    kept(x)
+    module = ffn("4", "4", wide=5)
+    cache.set_decoded_limit(0)  # less than is kept already
+    try:
+        assert cache.decoded_room(x.device) < 0
+        module(x[:1])
+        assert not module.merged.is_empty
+    finally:
+        cache.set_decoded_limit(None)
+
+
+@needs_few_int8
+@torch.no_grad()
+def test_copies_for_few_tokens_are_not_made_twice() -> None:
+    module = ffn("w8a8", "w8a8", wide=48, bias=False)
+    small, large = (cpu_int8.most_merged(branch.up.spec.shape) for branch in module._branches())
+    assert (small, large) == (cpu_int8.FEW_OF_SMALL, cpu_int8.FEW)
+    seen = []
+    for tokens in (1, large + 1, small, 1, small + 1):
+        module(torch.randn(tokens, D_MODEL))
+        seen.append(resident_bytes(module))
+    weights = sum(p.codes.nbytes for b in module._branches() for p in (b.up, b.gate, b.down))
+    assert seen[-1] - seen[0] < 1.05 * weights, "one copy for few tokens and one for many"
+
+
+@torch.no_grad()
+def test_a_stored_matrix_that_stands_alone_is_not_copied() -> None:
+    module = ffn("4", gated=False, wide=5)
+    branch, x = module._branches()[0], torch.randn(60, D_MODEL)
+    branch.up = Dense(matrix(5 * NEURONS, D_MODEL))
+    stored = resident_bytes(module)
+    assert error(module(x), exact(module, x)) < ROUNDED
+    assert resident_bytes(module) - stored <= 4 * 5 * NEURONS * D_MODEL
+
+
+@torch.no_grad()
+def test_matrices_that_are_no_parameters_are_not_merged() -> None:
+    for kind, name in (("dense", "weight"), ("low_rank", "b")):
+        module = ffn(kind, wide=5)
+        projection = module._branches()[0].up
+        value = getattr(projection, name).detach()
+        delattr(projection, name)
+        setattr(projection, name, value)
+        assert merging.merge(module._branches(), torch.float32, torch.device("cuda")) is None
+
+
+@torch.no_grad()
+def test_hooks_inside_run_for_more_than_a_handful_of_tokens() -> None:
+    for kinds in (("w8a8",), ("4",)):
+        module, seen = ffn(*kinds, wide=5), []
+        module._branches()[0].up.register_forward_hook(lambda *_, seen=seen: seen.append(True))
+        module(torch.randn(merged.HOOKS_FROM + 1, D_MODEL))
+        assert seen

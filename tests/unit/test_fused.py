@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 from ffsplit.ffn.activated import activation_name
@@ -21,7 +22,7 @@ from ffsplit.ffn.sum import Branch, SumFFN
 from ffsplit.kernels import nvrtc
 from ffsplit.kernels.activations import ACTIVATIONS
 from ffsplit.kernels.cache import decoded_room, is_capturing, set_decoded_limit
-from ffsplit.kernels.dispatch import belong
+from ffsplit.kernels.dispatch import belong, takes_kernels
 from ffsplit.kernels.float8_ffn import set_prefill
 from ffsplit.kernels.low_bit import ALIGNMENT, TOKENS, Layout, LowBitFFN, LowBitShape, low_bit_ffn, takes
 from ffsplit.ops.rounding import Grid
@@ -58,6 +59,36 @@ def test_an_activation_has_the_name_of_what_it_computes(name: str) -> None:
 def test_other_activations_have_none(name: str) -> None:
     assert activation_name(ACT2FN[name]) is None
     assert low_bit_shapes([branch(64, 4, ACT2FN[name])]) is None
+
+
+class Quick(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return input * torch.sigmoid(1.702 * input)
+
+
+def test_what_has_a_forward_of_its_own_has_none() -> None:
+    wrapped = nn.SiLU()
+    wrapped.forward = lambda x: 2 * x  # type: ignore[method-assign, assignment]
+    for act in (Quick(), wrapped):
+        assert activation_name(act) is None
+        assert low_bit_shapes([branch(64, 4, act)]) is None
+
+
+def test_kernels_do_not_run_inside_transforms() -> None:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(takes_kernels(x, ()))
+        return x
+
+    x = torch.randn(3, 4)
+    torch.func.vmap(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+    assert not any(seen)
+    assert len(seen) == 3
+    assert takes_kernels(x, ())
 
 
 def test_branches_go_two_at_a_time() -> None:

@@ -64,11 +64,9 @@ def test_few_tokens_have_the_right_sums_at_their_largest(rows: int, columns: int
 @pytest.mark.skipif(not cpu_int8.FEW_AVAILABLE, reason="this torch has no fbgemm")
 @torch.no_grad()
 def test_few_and_many_tokens_have_the_same_numbers() -> None:
-    projection, most = stored(272, 256), cpu_int8.most_few((272, 256))
-    assert most == cpu_int8.FEW_OF_SMALL >= cpu_int8.most_few((2048, 2048)) == cpu_int8.FEW
-    x = torch.randn(most + 1, 256)
-    x[0] = 0
-    for tokens in (1, 2, most):
+    projection, x = stored(272, 256), torch.randn(cpu_int8.FEW + 1, 256)
+    x[0], x[1] = 0, 1e-39
+    for tokens in (1, 2, cpu_int8.FEW):
         assert agree(projection(x[:tokens]), projection(x)[:tokens])
 
 
@@ -77,7 +75,7 @@ def test_without_fbgemm_few_tokens_take_the_kernel_for_many(monkeypatch: pytest.
     """Another engine was chosen, or torch has it no longer."""
     projection, x = stored(272, 256), torch.randn(3, 256)
     wanted = projection(x)
-    for name, value in (("most_few", lambda shape: 0), ("FEW_AVAILABLE", False)):
+    for name, value in (("takes_few", lambda tokens: False), ("FEW_AVAILABLE", False)):
         monkeypatch.setattr(cpu_int8, name, value)
         projection.derived.drop()
         assert agree(projection(x), wanted)
@@ -86,12 +84,12 @@ def test_without_fbgemm_few_tokens_take_the_kernel_for_many(monkeypatch: pytest.
     engine = torch.backends.quantized.engine
     try:
         torch.backends.quantized.engine = "onednn"
-        assert cpu_int8.most_few((272, 256)) == 0
+        assert not cpu_int8.takes_few(1)
     finally:
         torch.backends.quantized.engine = engine
 
 
-@pytest.mark.parametrize("more", [0, 150])
+@pytest.mark.parametrize("more", [0, 40])
 @torch.no_grad()
 def test_a_token_with_nan_or_inf_says_so_and_spoils_no_other(more: int) -> None:
     projection = stored(272, 256)

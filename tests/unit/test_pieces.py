@@ -12,6 +12,7 @@ from torch import nn
 from ffsplit.ffn import pieces
 from ffsplit.ffn.projections import Dense, LowRank, Projection
 from ffsplit.ffn.sum import Branch, SumFFN
+from ffsplit.kernels.cache import set_decoded_limit
 from ffsplit.kernels.dispatch import reference_only
 from tests.unit.test_ffn_merged import D_MODEL, ffn
 
@@ -73,6 +74,17 @@ def test_codes_go_in_pieces_too(kinds: tuple[str, ...]) -> None:
     torch.testing.assert_close(found, pieces_apart, rtol=0, atol=0)
 
 
+def test_codes_that_are_decoded_at_every_forward_are_so_once() -> None:
+    module, x = ffn("4", "4", wide=5), torch.randn(1500, D_MODEL)
+    set_decoded_limit(0)
+    try:
+        with torch.no_grad(), sizes_of(module) as sizes:
+            module(x)
+        assert sizes == [1500]
+    finally:
+        set_decoded_limit(None)
+
+
 class Noticed(Dense):
     """A subclass may do anything."""
 
@@ -85,7 +97,7 @@ def test_subclasses_see_all_tokens_at_once(changed: str) -> None:
     module = SumFFN(D_MODEL, [branch], own if changed == "linear" else None)
     x = torch.randn(1500, D_MODEL)
     with torch.no_grad():
-        assert not pieces.pays_in_pieces(x, [branch], module.linear)
+        assert not pieces.pays_in_pieces(x, [branch], module.linear, module.merged)
         with sizes_of(module) as sizes:
             module(x)
     assert sizes == [1500]

@@ -24,11 +24,14 @@ ACTIVATION_NAMES: dict[type[nn.Module], str] = {
 
 def activation_name(act: nn.Module) -> str | None:
     """Its name among :data:`ffsplit.kernels.activations.ACTIVATIONS`; None if it is not one of them."""
-    if isinstance(act, nn.GELU):
+    kind = type(act)  # a subclass may do anything
+    if "forward" in vars(act):
+        return None
+    if kind is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    if isinstance(act, activations.GELUActivation):
+    if kind is activations.GELUActivation:
         return "gelu" if act.act is functional.gelu else None
-    return ACTIVATION_NAMES.get(type(act))
+    return ACTIVATION_NAMES.get(kind)
 
 
 def activated(
@@ -43,10 +46,20 @@ def activated(
 
     In one pass where there is a kernel for it. An activation with hooks is called, since a kernel would not run them.
     """
-    if up.is_cuda and not (act._forward_hooks or act._forward_pre_hooks):
+    if up.is_cuda and not _is_hooked(act):
         found = activate(activation_name(act), up, gate, up_bias, gate_bias, out)
         if found is not None:
             return found
     up = biased(up, up_bias)
     hidden: Tensor = act(up) if gate is None else act(biased(gate, gate_bias)) * up
     return hidden if out is None else out.copy_(hidden)
+
+
+def _is_hooked(act: nn.Module) -> bool:
+    everywhere = nn.modules.module
+    return bool(
+        act._forward_hooks
+        or act._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    )

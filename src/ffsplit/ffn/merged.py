@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ffsplit.ffn.sum import Branch
 
 Kind = tuple[torch.dtype, str, bool]
+HOOKS_FROM = 24
+"""Tokens above which hooks inside a sum stop merging; up to here looking for them would show."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class MergedCache:
 
     def __init__(self) -> None:
         self._made: dict[bool, Watched] = {}
+
+    @property
+    def keeps_decoded(self) -> bool:
+        """Whether it keeps packed matrices decoded."""
+        watched = self._made.get(True)
+        return watched is not None and watched.merged is not None
 
     @property
     def is_empty(self) -> bool:
@@ -125,9 +133,10 @@ def merged_sum(
     if x.is_cuda:
         merged = None if _have_hooks(branches) else cache.get(x, branches)
     else:
-        merged = cache.get(x, branches) if tokens <= MOST_EVER else None
+        seen = tokens > HOOKS_FROM and _have_hooks(branches)
+        merged = cache.get(x, branches) if tokens <= MOST_EVER and not seen else None
         if merged is None or tokens > merged.most_tokens:
-            separate = tokens <= _most_as_codes(branches, x.dtype) or _have_hooks(branches)
+            separate = seen or tokens <= _most_as_codes(branches, x.dtype) or _have_hooks(branches)
             merged = None if separate else cache.get(x, branches, decoded=True)
     if merged is None or x.ndim == 2:  # no call that would change nothing: for one token each of them shows
         return None if merged is None else _run(x, merged)

@@ -155,7 +155,7 @@ def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) 
     if not (pays or packed or int8):
         return None
     mergeable = int8 or all(_is_mergeable(projection, dtype, on_cpu) for projection in projections)
-    if not mergeable or any(branch.selector is not None for branch in branches):
+    if not mergeable or not all(_is_plain(branch) for branch in branches):
         return None
     if sum(projection.spec.shape[0] * projection.spec.shape[1] for projection in projections) < SMALLEST:
         return None
@@ -163,8 +163,8 @@ def merge(branches: Sequence[Branch], dtype: torch.dtype, device: torch.device) 
     pieces = [(place, _first(it)) for place, it in inner], [(place, _last(it)) for place, it in outer]
     # A branch alone is run by its own matrices: nothing is copied, and what takes no calls of its modules is quicker.
     copies = not on_cpu and len(branches) > 1
-    copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor)) if copies else 0
-    if copied > decoded_room(device):
+    copied = sum(piece.nbytes for _, piece in (*pieces[0], *pieces[1]) if isinstance(piece, Tensor))
+    if copies and copied > decoded_room(device):
         raise NoRoom
     apart = () if copies else (torch.float32,) if on_cpu else (dtype,)
     inner_products, outer_products = (_products(pieces[dim], dim, apart, count=copies) for dim in (0, 1))
@@ -178,22 +178,25 @@ def merge_decoded(branches: Sequence[Branch], dtype: torch.dtype, device: torch.
     projections = projections_of(branches)
     known = all(type(it) is Packed or (type(it) is Dense and it.weight.dtype == dtype) for it in projections)
     any_packed = any(type(it) is Packed for it in projections)
-    if not known or not any_packed or any(branch.selector is not None for branch in branches):
+    if not known or not any_packed or not all(_is_plain(branch) for branch in branches):
         return None
-    sizes = [projection.spec.shape[0] * projection.spec.shape[1] for projection in projections]
-    if max(sizes) < SMALLEST:
+    sizes = {it: it.spec.shape[0] * it.spec.shape[1] for it in projections}
+    if max(sizes.values()) < SMALLEST:
         return None
     wanted = {it: _product_dtype(it, dtype, device) for it in projections}
-    if sum(size * wanted[it].itemsize for size, it in zip(sizes, projections, strict=True)) > decoded_room(device):
+    inner, outer = _placed(branches)
+    # A stored matrix that stands alone stays where it is.
+    kept = [it for placed in (inner, outer) for _, it in placed if isinstance(it, Packed) or len(placed) > 1]
+    if sum(sizes[it] * wanted[it].itemsize for it in kept) > decoded_room(device):
         raise NoRoom
 
     def products(placed: Sequence[tuple[int, Projection]], dim: int) -> tuple[Product, ...]:
         pieces = [
-            (place, it.stored().dense(wanted[it]) if isinstance(it, Packed) else _whole(it)) for place, it in placed
+            (place, counted(it.stored().dense(wanted[it])) if isinstance(it, Packed) else _whole(it))
+            for place, it in placed
         ]
         return _products(pieces, dim, (torch.float32,) if device.type == "cpu" else (), count=True)
 
-    inner, outer = _placed(branches)
     between = tuple(Between.of(branch, decoded=True) for branch in branches)
     return MergedSum(products(inner, 0), between, products(outer, 1), sys.maxsize)
 
@@ -223,7 +226,7 @@ def _products(
         dim: 0: below each other; 1: beside.
         apart: dtypes in which ``up`` and ``gate`` are two matrices: on CPUs a float32 product of both takes longer
             than two.
-        count: matrices are copies, and counted.
+        count: what becomes one matrix is counted.
     """
     kinds: dict[object, list[tuple[int, Piece]]] = {}
     for place, piece in pieces:
@@ -250,7 +253,7 @@ def _product(pieces: Sequence[Piece], places: tuple[int, ...], dim: int, count: 
         return Product(few_int8_matrix(int8), sizes, places)
     if packed:
         return Product(int4_matrix(joined(packed, dim)), sizes, places)
-    if len(floats) == 1 and not count:
+    if len(floats) == 1:
         return Product(floats[0], sizes, places)
     matrix = torch.cat(floats, dim)
     return Product(counted(matrix) if count else matrix, sizes, places)
@@ -275,16 +278,21 @@ def _whole(projection: Projection) -> Piece:
     return projection.weight.detach()
 
 
+def _is_plain(branch: Branch) -> bool:
+    """Whether all of its neurons work for every token, and its biases are where they are watched."""
+    return branch.selector is None and all(name in branch._parameters for name in ("up_bias", "gate_bias"))
+
+
 def _is_mergeable(projection: Projection, dtype: torch.dtype, on_cpu: bool) -> bool:
     if isinstance(projection, Packed):
         return on_cpu and fits_int4(projection, dtype) and projection.input_scale is None
-    return type(projection) in (Dense, LowRank) and next(projection.parameters()).dtype == dtype
+    names = {Dense: ("weight",), LowRank: ("a", "b")}.get(type(projection), ())
+    factors = [projection._parameters.get(name) for name in names]
+    return bool(factors) and all(factor is not None and factor.dtype == dtype for factor in factors)
 
 
 def _is_few_int8(projection: Projection) -> bool:
-    if not isinstance(projection, Int8Dynamic):
-        return False
-    return cpu_int8.most_few(projection.spec.shape) > 0 and cpu_int8.fits(projection.spec.shape)
+    return isinstance(projection, Int8Dynamic) and cpu_int8.takes_few(1) and cpu_int8.fits(projection.spec.shape)
 
 
 def fits_int4(projection: Packed, dtype: torch.dtype) -> bool:
@@ -300,7 +308,7 @@ def most_tokens(branches: Sequence[Branch], device: torch.device) -> int:
 def _most_tokens(projection: Projection) -> int:
     if isinstance(projection, Packed):
         return cpu_int4.most_tokens(projection.spec.bits)
-    return cpu_int8.most_few(projection.spec.shape) if isinstance(projection, Int8Dynamic) else MOST_TOKENS
+    return cpu_int8.most_merged(projection.spec.shape) if isinstance(projection, Int8Dynamic) else MOST_TOKENS
 
 
 def projections_of(branches: Sequence[Branch]) -> list[Projection]:

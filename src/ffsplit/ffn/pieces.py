@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ffsplit.ffn.projections import Dense, Int8Dynamic, LowRank, Packed, Projection
+from ffsplit.kernels.cache import decoded_room
 from ffsplit.kernels.dispatch import is_traced, takes_kernels
 
 if TYPE_CHECKING:
+    from ffsplit.ffn.merged import MergedCache
     from ffsplit.ffn.sum import Branch
 
 MOST_TOKENS = 1024
@@ -26,8 +28,13 @@ TAKEN = (Dense, LowRank, Packed, Int8Dynamic)
 """Storages whose products are taken in pieces; others decode at every forward."""
 
 
-def pays_in_pieces(x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], linear: Projection | None) -> bool:
-    """Whether these inputs go through a sum piece by piece: many tokens, float32, nothing recorded."""
+def pays_in_pieces(
+    x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branch], linear: Projection | None, merged: MergedCache
+) -> bool:
+    """Whether these inputs go through a sum piece by piece: many tokens, float32, nothing recorded.
+
+    Packed matrices must be kept decoded (in ``merged``), or have room to be: they would be decoded for every piece.
+    """
     if is_traced():  # before any size is looked at, which would fix it
         return False
     if x.numel() <= MOST_TOKENS * x.shape[-1] or not x.is_cpu or x.dtype != torch.float32:
@@ -37,7 +44,11 @@ def pays_in_pieces(x: Float[Tensor, "*tokens d_model"], branches: Sequence[Branc
     if any(branch.selector is not None for branch in branches):
         return False
     projections = [p for branch in branches for p in (branch.up, branch.gate, branch.down) if p is not None]
-    return all(type(p) in TAKEN for p in (*projections, *(() if linear is None else (linear,))))
+    projections += [] if linear is None else [linear]
+    if not all(type(p) in TAKEN for p in projections):
+        return False
+    packed = sum(p.spec.shape[0] * p.spec.shape[1] * x.itemsize for p in projections if type(p) is Packed)
+    return not packed or merged.keeps_decoded or packed <= decoded_room(x.device)
 
 
 def in_pieces(

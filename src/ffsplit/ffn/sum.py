@@ -150,6 +150,12 @@ class SumFFN(nn.Module):
     def _branches(self) -> list[Branch]:
         return [branch for branch in self._stored().values() if isinstance(branch, Branch)]
 
+    def _own_bias(self) -> Tensor | None:
+        try:  # an attribute that is a parameter takes longer to look up
+            return self._parameters["bias"]
+        except KeyError:  # pruned, parametrized, or of a replica
+            return self.bias
+
     def _stored(self) -> dict[str, nn.Module | None]:
         """The branches, or what has taken the place of one; an attribute that is a module takes longer to look up."""
         branches = self._modules["branches"]
@@ -186,12 +192,12 @@ class SumFFN(nn.Module):
 
     def _whole(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         branches = self._branches()
-        pieces = self.lookup is None and pays_in_pieces(x, branches, self.linear)
+        pieces = self.lookup is None and pays_in_pieces(x, branches, self.linear, self.merged)
         return in_pieces(x, lambda piece: self._sum(piece, branches)) if pieces else self._sum(x, branches)
 
     def _sum(self, x: Float[Tensor, "*tokens d_model"], branches: list[Branch]) -> Float[Tensor, "*tokens d_model"]:
         fused = total = None
-        bias = self._parameters["bias"]
+        bias = self._own_bias()
         if len(branches) == len(self._stored()):  # what has taken a branch's place is known to none of these
             fused = self._fused(x, branches, bias)
             if fused is None:

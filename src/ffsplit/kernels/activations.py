@@ -1,7 +1,7 @@
 """Activations by name, and a kernel that does all that lies between the matrices of an FFN in one pass.
 
-A gated FFN in torch reads and writes its hidden activations five times there, more often with biases: at thousands of
-tokens a tenth of the time of an FFN that has half of its weights left.
+A gated FFN in torch reads and writes its hidden activations five times there, more often with biases. At thousands of
+tokens that shows beside products that became smaller.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def activate(
     Args:
         name: one of :data:`ACTIVATIONS`; None is an activation that has no name.
         up: on an NVIDIA GPU, in half precision; its rows may be parts of longer ones.
-        gate: likewise.
-        up_bias: none is no bias.
+        gate: likewise; None is no gate.
+        up_bias: None is no bias.
         gate_bias: likewise.
         out: is filled, and may be part of a longer one too; None is a new one.
     """
@@ -73,7 +73,7 @@ def activate(
     if kernel is None:
         return None
     made, neurons = torch.empty_like(up, memory_format=torch.contiguous_format) if out is None else out, up.shape[-1]
-    first, second, last = _rows(up), _rows(up if gate is None else gate), _rows(made)
+    first, second, last = _rows(up), _rows(up if gate is None else gate), made.view(-1, neurons)
     addresses = [0 if part is None else part.data_ptr() for part in (first, second, up_bias, gate_bias, last)]
     grid = first.shape[0], -(-neurons // (THREADS * COLUMNS))
     kernel(grid, THREADS, addresses, [neurons, first.stride(0), second.stride(0), last.stride(0)])

@@ -1,7 +1,8 @@
 """Int8 products on CPUs with integer dot products (VNNI), through torch's bindings, weights reordered once.
 
 Few tokens go to fbgemm's kernel, which rounds, multiplies and scales in one call; many to oneDNN's, which is the faster
-one there. Both add in int32, so the numbers are the same, but for inputs next to the middle between two codes.
+one there. Both add in int32, so the numbers are the same up to the last bits of a float32, but for inputs next to the
+middle between two codes.
 """
 
 from __future__ import annotations
@@ -98,10 +99,13 @@ def fits(shape: tuple[int, int]) -> bool:
     return AVAILABLE and shape[0] > 0 and 0 < shape[1] <= MOST_COLUMNS
 
 
-def most_few(shape: tuple[int, int]) -> int:
-    """Up to how many tokens fbgemm's kernel is the faster one for a matrix; 0 where torch would not pack one for it."""
-    if not FEW_AVAILABLE or torch.backends.quantized.engine not in ("x86", "fbgemm"):
-        return 0
+def takes_few(tokens: int) -> bool:
+    """Whether so many tokens go to fbgemm's kernel, and torch would pack weights for it now."""
+    return FEW_AVAILABLE and tokens <= FEW and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+def most_merged(shape: tuple[int, int]) -> int:
+    """Up to how many tokens fbgemm's kernel is the faster one for a matrix of a merged sum, which keeps it anyway."""
     return FEW_OF_SMALL if shape[0] * shape[1] < SMALL else FEW
 
 
@@ -144,15 +148,14 @@ def product(a: UInt8[Tensor, "rows columns"], b: Int8Matrix) -> Float[Tensor, "r
 
 
 def few_product(x: Float[Tensor, "tokens columns"], b: FewInt8Matrix) -> Float[Tensor, "tokens out"]:
-    """``x b^T`` in float32, every token rounded as :func:`round_rows` does, but for ties."""
+    """``x b^T`` in float32, every token rounded as by :func:`round_rows`, but for ties and the last bits."""
     wide = x.float()
     if wide.shape[0] == 1:  # one token's scale is one number, which the kernel takes
         largest = wide.abs().amax().item()
         if math.isfinite(largest):
             found: Tensor = _multiply(wide, max(largest, SMALLEST) / LARGEST, MIDDLE, b.packed)
             return found
-    # Every call counts here: rows are brought to at most 1, which is 127 steps of the kernel. Of a row of zeros nothing
-    # that it makes of 0 / 0 is left, since its codes are some integers.
-    largest_of_row = wide.abs().amax(1, keepdim=True)
+    # Every call counts here: rows are brought to at most 1, which is 127 steps of the kernel.
+    largest_of_row = wide.abs().amax(1, keepdim=True).clamp_min_(SMALLEST)
     found = _multiply(wide.div(largest_of_row), 1 / LARGEST, MIDDLE, b.packed)
     return found.mul_(largest_of_row)

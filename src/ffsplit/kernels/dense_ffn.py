@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ffsplit.kernels.activations import ACTIVATIONS, activate, biased
+from ffsplit.kernels.activations import ACTIVATIONS, COLUMNS, HALVES, activate, biased
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DenseFFN:
         they are two: torch's activation loses more on strided halves than a launch costs.
         """
         act = ACTIVATIONS[self.act]
-        if self.gated and x.is_cuda:
+        if self.gated and x.is_cuda and x.dtype in HALVES and self.d_ff % COLUMNS == 0:
             up, gate = torch.split(linear(x, self.inner), self.d_ff, -1)
             hidden = activate(self.act, up, gate, self.up_bias, self.gate_bias)
             if hidden is None:

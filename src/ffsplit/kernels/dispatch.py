@@ -9,6 +9,7 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ffsplit.kernels import cpu_int4, cpu_int8
 
@@ -93,9 +94,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func transforms this call, or derivatives go forward through it: kernels would not see either."""
+    return bool(torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
+
+
 def takes_kernels(x: Tensor, sources: Sequence[Tensor | None]) -> bool:
     """Whether this call may run a kernel without gradient, from a cache: eager, not traced, nothing differentiated."""
-    if is_traced() or _reference_only.get() or not x.numel():
+    if is_traced() or _is_transformed() or _reference_only.get() or not x.numel():
         return False
     if type(x) not in (Tensor, nn.Parameter):  # fake tensors, functional ones, other subclasses
         return False

@@ -20,11 +20,12 @@ from ffsplit.kernels import nvrtc
 from ffsplit.kernels.activations import NAMES
 from ffsplit.kernels.dense_ffn import DenseFFN
 from ffsplit.kernels.float8 import ALIGNMENT, FLOAT8, FLOAT8_CORES, round_rows
+from ffsplit.kernels.low_bit import aligned
 
 Prefill = Literal["exact", "float8"]
 THREADS, STEP = 512, 2048
 """Of a block that rounds a row, and columns that it deals with at a time."""
-MOST_COLUMNS = 24 * STEP
+MOST_COLUMNS = 32 * STEP
 """Of a row, which a block has in its registers."""
 VALUE_THREADS, VALUE_COLUMNS = 256, 1024
 """Of a block that makes values of sums, and its columns."""
@@ -42,7 +43,8 @@ def set_prefill(how: Prefill) -> None:
     Args:
         how: ``"exact"``: by the decoded weights, in the dtype of the model, at the speed of the dense model;
             ``"float8"``: weights and activations rounded to float8 (e4m3), faster than the dense model, at the price of
-            a byte a weight beside the stored codes and of the rounding. docs/speed.md tells what both cost.
+            a byte a weight beside the stored codes and of the rounding, for FFNs of up to 65,536 neurons. docs/speed.md
+            tells what both cost.
 
     Raises:
         ValueError: it is neither.
@@ -73,8 +75,9 @@ def float8_ffn(ffn: DenseFFN) -> Float8FFN:
     """Round the weights of a dense FFN, row by row."""
     inner, inner_scale = round_rows(ffn.inner)
     down, down_scale = round_rows(ffn.down)
-    rounded = replace(ffn, inner=inner.view(FLOAT8), down=down.view(FLOAT8))
-    return Float8FFN(rounded, inner_scale.flatten(), down_scale.flatten(), inner_scale.new_ones(1))
+    bias = None if ffn.bias is None else aligned(ffn.bias)
+    codes = replace(ffn, inner=inner.view(FLOAT8), down=down.view(FLOAT8), bias=bias)
+    return Float8FFN(codes, inner_scale.flatten(), down_scale.flatten(), inner_scale.new_ones(1))
 
 
 def wants_float8(x: Float[Tensor, "*tokens d_model"], d_ff: int) -> bool:
@@ -82,9 +85,9 @@ def wants_float8(x: Float[Tensor, "*tokens d_model"], d_ff: int) -> bool:
     if _Mode.prefill != "float8" or x.device.type != "cuda" or x.dtype != torch.bfloat16:
         return False
     device = x.device.index or 0
-    aligned = d_ff % ALIGNMENT == 0 and x.shape[-1] % ALIGNMENT == 0
+    whole = d_ff % ALIGNMENT == 0 and x.shape[-1] % ALIGNMENT == 0
     fits = max(d_ff, x.shape[-1]) <= MOST_COLUMNS
-    return aligned and fits and nvrtc.is_supported(device) and torch.cuda.get_device_capability(device) >= FLOAT8_CORES
+    return whole and fits and nvrtc.is_supported(device) and torch.cuda.get_device_capability(device) >= FLOAT8_CORES
 
 
 @dataclass(frozen=True)

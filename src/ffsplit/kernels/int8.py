@@ -1,7 +1,7 @@
 """Products of int8 matrices: activations rounded per token at run time, weights beforehand.
 
-Sums of int8 products are exact in int32 (up to 133,000 columns), so every path gives the same numbers, but for inputs
-next to the middle between two codes, which the CPU's kernel may round the other way.
+Sums of int8 products are exact in int32 (up to 133,000 columns), so every path gives the same numbers up to the last
+bits of a float32, but for inputs next to the middle between two codes, which CPUs' kernels may round the other way.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _on_cpu(
 ) -> Float[Tensor, "tokens out"]:
     """In float32, by the kernel that is the faster one for so many tokens."""
     sources, scale = (codes, scale_bits), scale_bits.view(torch.float16)
-    if x.shape[0] <= cpu_int8.most_few((codes.shape[0], codes.shape[1])):
+    if cpu_int8.takes_few(x.shape[0]):
         few = cache.get(FEW_KEY, sources, lambda: cpu_int8.few_int8_matrix([cpu_int8.Int8Parts(codes, scale)]))
         return cpu_int8.few_product(x, few)
     made = cache.get("cpu_int8", sources, lambda: cpu_int8.int8_matrix(codes, scale))

@@ -157,7 +157,7 @@ class Layout:
     def of(cls, tokens: int, shape: LowBitShape, room: int) -> Layout:
         """The layout for so many tokens on a device whose blocks have at most ``room`` bytes of shared memory."""
         tiles = 1 if tokens <= TOKENS else 2 if tokens <= 2 * TOKENS else 4
-        return cls(tiles, _inner(tiles, shape).within(room), _outer(tiles, shape).within(room))
+        return cls(tiles, _inner(tiles, shape).within(room), _outer(tiles, shape.d_model).within(room))
 
     def blocks(self, tokens: int) -> int:
         """Of all tiles of tokens, each of them read whole."""
@@ -180,14 +180,13 @@ def _inner(tiles: int, shape: LowBitShape) -> Block:
     return Block(4 if many else 8, 1, tall, 8192, 20)
 
 
-def _outer(tiles: int, shape: LowBitShape) -> Block:
+def _outer(tiles: int, d_model: int) -> Block:
     """Many rows are for blocks that share tokens among them; few go to as many blocks as there can be."""
-    d_model, one = shape.d_model, len(shape.neurons) == 1
     if d_model < 2 * ENOUGH * TILE:
         return Block(8, 1, 1, 20480) if tiles == 4 else Block(16, 1, 1, 12288)
     if d_model < 4 * ENOUGH * TILE:
         return Block(12, 1, 2, 16384, 12) if tiles == 2 else Block(16, 2, 1, 8192 if tiles == 1 else 12288)
-    return Block(16, 2, 2, 12288) if tiles == 1 else Block(12, 2, 2, 12288 if one or tiles == 4 else 16384, 12)
+    return Block(16, 2, 2, 12288) if tiles == 1 else Block(12, 2, 2, 12288, 12)
 
 
 class LowBitFFN:

@@ -29,8 +29,9 @@ template <bool HALF, bool SUMS> __device__ __forceinline__ void valued(float (&v
     }
 }
 
-// out [rows, columns] float8 and scale [rows] of x [rows, columns], or [rows, 2 columns] if gated; columns % 4 == 0. One block a row,
-// STEPS times 2048 columns at least: all of the row is in registers, and asked for before any of it is used.
+// out [rows, columns] float8 and scale [rows] of x [rows, columns], or [rows, 2 columns] if gated; columns % 4 == 0. One block a row of
+// STEPS times 2048 columns at most, which it has in registers (of the widest gated rows not all find room there) and asks for before
+// any of it is used.
 template <int ACT, bool GATED, bool HALF, bool SUMS, int STEPS>
 __global__ void __launch_bounds__(512) float8_rows(
     const u16* x, const float* given, const float* column_scale, u8* out, float* scale, const u16* up_bias, const u16* gate_bias, int columns
