@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import activations
 
+from ffsplit.ffn.hooks import have_hooks
 from ffsplit.kernels.activations import activate, biased
 
 ACTIVATION_NAMES: dict[type[nn.Module], str] = {
@@ -46,20 +47,10 @@ def activated(
 
     In one pass where there is a kernel for it. An activation with hooks is called, since a kernel would not run them.
     """
-    if up.is_cuda and not _is_hooked(act):
+    if up.is_cuda and not have_hooks((act,)):
         found = activate(activation_name(act), up, gate, up_bias, gate_bias, out)
         if found is not None:
             return found
     up = biased(up, up_bias)
     hidden: Tensor = act(up) if gate is None else act(biased(gate, gate_bias)) * up
     return hidden if out is None else out.copy_(hidden)
-
-
-def _is_hooked(act: nn.Module) -> bool:
-    everywhere = nn.modules.module
-    return bool(
-        act._forward_hooks
-        or act._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-    )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from ffsplit.ffn.hooks import have_hooks
 from ffsplit.ffn.merging import (
     MOST_EVER,
     Between,
@@ -136,20 +137,17 @@ def merged_sum(
         seen = tokens > HOOKS_FROM and _have_hooks(branches)
         merged = cache.get(x, branches) if tokens <= MOST_EVER and not seen else None
         if merged is None or tokens > merged.most_tokens:
-            separate = seen or tokens <= _most_as_codes(branches, x.dtype) or _have_hooks(branches)
+            separate = seen or tokens <= _most_as_codes(branches, x.dtype)
+            separate = separate or (tokens <= HOOKS_FROM and _have_hooks(branches))
             merged = None if separate else cache.get(x, branches, decoded=True)
-    if merged is None or x.ndim == 2:  # no call that would change nothing: for one token each of them shows
-        return None if merged is None else _run(x, merged)
-    return _run(x.reshape(-1, x.shape[-1]), merged).view(x.shape)
+    if merged is None:
+        return None
+    # No call that would change nothing: for one token each of them shows.
+    return _run(x, merged) if x.ndim == 2 else _run(x.reshape(-1, x.shape[-1]), merged).view(x.shape)
 
 
 def _have_hooks(branches: Sequence[Branch]) -> bool:
-    hooked = nn.modules.module
-    return bool(hooked._global_forward_hooks or hooked._global_forward_pre_hooks) or any(
-        module is not None and (module._forward_hooks or module._forward_pre_hooks)
-        for branch in branches
-        for module in (branch, *branch._modules.values())
-    )
+    return have_hooks(module for branch in branches for module in (branch, *branch._modules.values()))
 
 
 def _most_as_codes(branches: Sequence[Branch], dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_check
 from torch import Tensor
 
 from ffsplit.ffn.places import Held
+from ffsplit.kernels import nvrtc
 from ffsplit.kernels.cache import DerivedCache
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class WatchedBranches(ABC, Generic[K, L]):
 
     def _launch(self, key: Hashable, tensors: Sequence[Tensor | None], make: Callable[[list[int]], L]) -> L:
         """What ``make`` gives for the tensors' addresses, once for every key as long as they stay where they are."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = nvrtc.addresses(tensors)
         if addresses != self._addresses:
             # In this order: a thread that comes between the two makes its launch anew.
             self._launches = {}

@@ -74,9 +74,9 @@ def activate(
         return None
     made, neurons = torch.empty_like(up, memory_format=torch.contiguous_format) if out is None else out, up.shape[-1]
     first, second, last = _rows(up), _rows(up if gate is None else gate), made.view(-1, neurons)
-    addresses = [0 if part is None else part.data_ptr() for part in (first, second, up_bias, gate_bias, last)]
+    pointers = nvrtc.addresses((first, second, up_bias, gate_bias, last))
     grid = first.shape[0], -(-neurons // (THREADS * COLUMNS))
-    kernel(grid, THREADS, addresses, [neurons, first.stride(0), second.stride(0), last.stride(0)])
+    kernel(grid, THREADS, pointers, [neurons, first.stride(0), second.stride(0), last.stride(0)])
     return made
 
 

@@ -96,7 +96,7 @@ def is_traced() -> bool:
 
 def _is_transformed() -> bool:
     """Whether torch.func transforms this call, or derivatives go forward through it: kernels would not see either."""
-    return bool(torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def takes_kernels(x: Tensor, sources: Sequence[Tensor | None]) -> bool:

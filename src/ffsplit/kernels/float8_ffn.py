@@ -113,7 +113,8 @@ def run_float8(x: Float[Tensor, "*tokens d_model"], made: Float8FFN) -> Tensor |
     if kernel is None:
         return None
     grid = out.shape[0], -(-out.shape[1] // VALUE_COLUMNS)
-    kernel(grid, VALUE_THREADS, _addresses(out, hidden.scale, made.down_scale, ffn.bias), [out.shape[1]])
+    pointers = nvrtc.addresses((out, hidden.scale, made.down_scale, ffn.bias))
+    kernel(grid, VALUE_THREADS, pointers, [out.shape[1]])
     return out.view(x.shape)
 
 
@@ -152,10 +153,6 @@ def rounded(
         torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
     )
     biases = (None, None) if ffn is None else (ffn.up_bias, ffn.gate_bias)
-    kernel((x.shape[0], 1), THREADS, _addresses(x, scale, columns_scale, found.codes, found.scale, *biases), [columns])
+    pointers = nvrtc.addresses((x, scale, columns_scale, found.codes, found.scale, *biases))
+    kernel((x.shape[0], 1), THREADS, pointers, [columns])
     return found
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    """Where they start; 0 for what is not there."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

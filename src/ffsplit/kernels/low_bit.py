@@ -228,7 +228,7 @@ class LowBitFFN:
         self.inner = nvrtc.launcher("low_bit", "inner", inner, device, layout.inner.warps * layout.inner.shared)
         self.outer = nvrtc.launcher("low_bit", "outer", outer, device, layout.outer.warps * layout.outer.shared)
         nothing = [None] * BRANCH_TENSORS * (2 - len(shape.neurons))
-        parts = [0 if part is None else part.data_ptr() for part in (*nothing, *tensors)]
+        parts = nvrtc.addresses((*nothing, *tensors))
         branches = [parts[at : at + BRANCH_TENSORS] for at in (0, BRANCH_TENSORS)]
         # Of each branch: gate 0-3, up 4-7, down 8-11, biases of gate 12 and up 13.
         self._inner_weights = [part for b in branches for part in (*b[0:4], b[12], *b[4:8], b[13])]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LEAST_CAPABILITY = (8, 0)
 """bfloat16 tensor cores and their instructions."""
@@ -144,6 +146,11 @@ def _current_stream(device: int) -> int:
     """The handle of a device's current stream, in one call where this torch has it."""
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return int(torch.cuda.current_stream().cuda_stream if raw is None else raw(device))
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where tensors start, as a kernel's pointers; 0 for what is not there."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def bind(device: int) -> None:

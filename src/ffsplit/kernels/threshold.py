@@ -139,8 +139,8 @@ class ThresholdFFN:
         heavy, rest = tensors[:BRANCH_TENSORS], tensors[BRANCH_TENSORS : 2 * BRANCH_TENSORS]
         # What is compared with the threshold comes first: the gate, or `up` without one.
         inner = [tensors[-2], *_compared_first(heavy[:4], shape.gated), *_compared_first(rest[:4], shape.gated)]
-        self._inner_weights = _addresses(inner)
-        self._outer_weights = _addresses([heavy[4], rest[4], tensors[-1]])
+        self._inner_weights = nvrtc.addresses(inner)
+        self._outer_weights = nvrtc.addresses([heavy[4], rest[4], tensors[-1]])
         self._shares = shares_of(shape, tokens, nvrtc.processors(device))
         self._space = Workspace.of(shape, tokens, self._shares)
 
@@ -187,10 +187,6 @@ class ThresholdFFN:
 def _compared_first(tensors: Sequence[Tensor | None], gated: bool) -> list[Tensor | None]:
     gate, gate_bias, up, up_bias = tensors
     return [gate, gate_bias, up, up_bias] if gated else [up, up_bias, None, None]
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @torch.library.custom_op(
